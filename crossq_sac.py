@@ -15,13 +15,13 @@ REDQ and DroQ at an update-to-data ratio of 1 instead of 20.
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1",
-#   "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'",
+#   "torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17", "tensorboard==2.21.0",
+#   "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'",
 # ]
 # ///
 import contextlib
+import csv
 import dataclasses
-import importlib.util
 import io
 import json
 import math
@@ -59,7 +59,6 @@ class Args:
     seed: int = 1  # seed of the networks, the exploration and the environment
     total_timesteps: int = 1_000_000  # environment steps
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    # The algorithm
     critic_width: int = 2048  # units per hidden layer (paper 3.3; 256 is "CrossQ small")
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions in the ensemble
@@ -85,7 +84,6 @@ class Args:
     q_aggregation: Literal["min", "mean"] = "min"  # over the critics, in the target and in the actor's loss
     bootstrap_at_termination: bool = False  # bootstrap at terminations too, not only at truncations
     action_repeat: int = 1  # environment steps per agent step; rewards are summed
-    # The run
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation
     run_name: str | None = None  # folder under runs/; default ENV__SCRIPT__SEED__TIME
@@ -352,34 +350,19 @@ class CrossQ(nn.Module):
         return (mean + log_std.exp() * noise).tanh()[0].cpu().numpy()
 
 
-def evaluate(agent: CrossQ, env: gym.Env, step: int) -> tuple[list[str], np.ndarray, list[int]]:
-    """Deterministic episodes: rows of evaluations.csv, returns, and successes where the environment tells them."""
-    rows, returns, successes, args = [], [], [], agent.args
+def evaluate(agent: CrossQ, env: gym.Env, step: int) -> list[tuple]:
+    """Deterministic episodes, as rows of evaluations.csv: step, episode, return, length, success (if there is one)."""
+    rows, args = [], agent.args
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=reset_seed(args.seed, step, episode))
-        total, length, success, over = 0.0, 0, [], False
+        total, length, success, over = 0.0, 0, "", False
         while not over:
             obs, reward, terminated, truncated, info = env.step(agent.act(obs))
             total, length, over = total + float(reward), length + args.action_repeat, terminated or truncated
-            success += [int(info[key]) for key in ("solved", "is_success", "success") if key in info]
-        rows.append(f"{step},{episode},{total!r},{length},{max(success, default='')}")
-        returns.append(total)
-        successes += [max(success)] if success else []
-    return rows, np.array(returns), successes
-
-
-def read_checkpoint(run_dir: str) -> dict:
-    """The checkpoint of a run, its arguments as Args."""
-    try:
-        # weights_only: a checkpoint is data, not code
-        checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        script, checkpoint["args"] = checkpoint["script"], Args(**checkpoint["args"])
-    except Exception as e:  # torch.load raises many kinds
-        check(
-            False, f"{run_dir} has no whole checkpoint.pt of {SCRIPT}, and was left as it is: {type(e).__name__}: {e}"
-        )
-    check(script == SCRIPT, f"{run_dir} is a run of {script}, not of {SCRIPT}")
-    return checkpoint
+            for key in {"solved", "is_success", "success"} & info.keys():
+                success = max(success or 0, int(info[key]))  # success at any time counts
+        rows.append((step, episode, total, length, success))
+    return rows
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
@@ -396,8 +379,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
 
     args, checkpoint = parse(Args()), None
     if run_dir := args.resume or args.evaluate:
-        checkpoint = read_checkpoint(run_dir)
-        stored = dataclasses.replace(checkpoint["args"], resume=args.resume, evaluate=args.evaluate)
+        try:
+            checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
+            check(checkpoint["script"] == SCRIPT, f"{run_dir} is a run of {checkpoint['script']}, not of {SCRIPT}")
+            stored = Args(**checkpoint["args"] | {"resume": args.resume, "evaluate": args.evaluate})
+        except Exception as e:  # torch.load raises many kinds
+            check(False, f"{run_dir} has no whole checkpoint.pt of {SCRIPT}; it was left as it is ({e!r:.200})")
         args = parse(stored)
         for name, old in vars(stored).items():
             new = getattr(args, name)
@@ -408,12 +395,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
         low = 0 if share or name in ("seed", "brn_warmup", "learning_starts") else 1 if type(value) is int else 1e-12
         ok = type(value) not in (int, float) or low <= value <= (1 if share else 1e15)
         check(ok, f"--{name.replace('_', '-')} must lie between {low} and {1 if share else 1e15:g}, not be {value}")
+    check(args.adam_beta1 < 1, "--adam-beta1 must be below 1")
     check(args.buffer_size >= args.batch_size, f"--buffer-size must be at least --batch-size, {args.batch_size}")
     ok = args.device != "cuda" or torch.cuda.is_available()
     check(ok, "--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
-    for flag, package in (("track", "wandb"), ("capture_video", "moviepy")):
-        ok = not getattr(args, flag) or importlib.util.find_spec(package)
-        check(ok, f"--{flag.replace('_', '-')} needs {package}: pip install {package}")
     if args.compile == "auto":
         long_enough = args.total_timesteps * args.utd >= 20_000 * args.action_repeat
         args.compile = "on" if long_enough and (shutil.which("g++") or shutil.which("clang++")) else "off"
@@ -422,13 +407,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
 
 def train(args: Args, checkpoint: dict | None) -> int:
     """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + the signal that ended the run."""
+    if args.track:
+        import wandb
     env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
     obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    needed, name = args.buffer_size * 4 * (2 * obs_dim + action_dim + 2), f"CPU, {torch.get_num_threads()} threads"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if device.type == "cuda":
-        memory, name = torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    memory = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = args.buffer_size * 4 * (2 * obs_dim + action_dim + 2)
     check(needed <= memory, f"--buffer-size {args.buffer_size} needs {needed:,} bytes; {name} has {memory:,}")
     run_name = args.run_name or f"{args.env_id}__{SCRIPT[:-3]}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.evaluate or Path("runs") / re.sub(r"[/\\:]", "_", run_name))
@@ -449,9 +436,9 @@ def train(args: Args, checkpoint: dict | None) -> int:
         first = {"episode_trigger": lambda i: i % args.eval_episodes == 0}
         eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), **first)
     if args.evaluate:
-        _, returns, successes = evaluate(agent, eval_env, agent_step * repeat)
-        success = f", success {np.mean(successes):.2f}" if successes else ""
-        print(f"{run_dir}, step {agent_step * repeat}: return {returns.mean():.1f} ± {returns.std():.1f}{success}")
+        _, _, returns, _, successes = zip(*evaluate(agent, eval_env, agent_step * repeat))
+        success = "" if "" in successes else f", success {np.mean(successes):.2f}"
+        print(f"{run_dir} at step {agent_step * repeat}: {np.mean(returns):.1f} ± {np.std(returns):.1f}{success}")
         eval_env.close()
         return 0
 
@@ -483,6 +470,9 @@ def train(args: Args, checkpoint: dict | None) -> int:
             os.fsync(file.fileno())
         os.replace(aside, run_dir / "checkpoint.pt")  # after a kill or a power cut: the old one or the new one, whole
 
+    stop = []  # the signals that came
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: stop.append(number))
     run_dir.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
         save()
@@ -490,16 +480,13 @@ def train(args: Args, checkpoint: dict | None) -> int:
     about = {"args": vars(args), "git": git.stdout.strip(), "device": name, "python": sys.version}
     about |= {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)}
     (run_dir / "args.json").write_text(json.dumps(about, indent=2))
-    csv = open(run_dir / "evaluations.csv", "w", buffering=1)
-    csv.write("\n".join(["step,episode,return,length,success", *evaluations, ""]))
+    table = open(run_dir / "evaluations.csv", "w", buffering=1, newline="")  # flushed at each row's end
+    rows_to = csv.writer(table, lineterminator="\n")
+    rows_to.writerows([("step", "episode", "return", "length", "success"), *evaluations])
     if args.track:
-        import wandb
-
         wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=agent_step * repeat)
-    stop, info, n_timed, first_step, start = [], {}, 0, agent_step, time.perf_counter()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: stop.append(number))
+    info, n_timed, first_step, start = {}, 0, agent_step, time.perf_counter()
     sizes = [sum(p.numel() for p in ps) for ps in (agent.actor_parameters, agent.critic_parameters)]
     print(f"{args.env_id} on {name}: actor {sizes[0]:,}, critic {sizes[1]:,} parameters, buffer up to {needed:,} bytes")
     if device.type == "cpu" and args.critic_width > 512:
@@ -541,11 +528,12 @@ def train(args: Args, checkpoint: dict | None) -> int:
                 sps = (agent_step - first_step) * repeat / (time.perf_counter() - start)
                 writer.add_scalar("charts/SPS", sps, step)
         if due(step, args.eval_every):
-            rows, returns, _ = evaluate(agent, eval_env, step)
+            rows = evaluate(agent, eval_env, step)
             evaluations += rows
-            csv.write("\n".join([*rows, ""]))
-            writer.add_scalar("eval/return", returns.mean(), step)
-            progress.set_postfix({"eval return": f"{returns.mean():.0f}"})
+            rows_to.writerows(rows)
+            mean = float(np.mean([row[2] for row in rows]))
+            writer.add_scalar("eval/return", mean, step)
+            progress.set_postfix({"eval return": f"{mean:.0f}"})
         progress.update(repeat)
         if due(step, args.checkpoint_every) or stop or step >= args.total_timesteps:
             save()
@@ -557,10 +545,13 @@ def train(args: Args, checkpoint: dict | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    gym.logger.min_level = gym.logger.ERROR  # no advice to use -v5: the papers use -v4
     try:
         return train(*parse_args(argv))
+    except (ImportError, gym.error.DependencyNotInstalled) as e:
+        check(False, f"{e}: pip install {getattr(e, 'name', None) or 'moviepy'}")
     except OSError as e:  # a full disk, a folder that cannot be written
-        check(False, str(e), 1)
+        check(False, f"{e}", 1)
 
 
 if __name__ == "__main__":
