@@ -7,7 +7,7 @@ import numpy as np
 class Constant(gym.Env):
     """Observation in R^3, reward 1 per step, ended after `length` steps by termination or by truncation.
 
-    The observation is (step in the episode, episode number, last action's first entry), scaled down.
+    The observation: step in the episode / length, a number drawn at the reset, the last action's first entry.
     Action bounds are +-0.4 in two dimensions, as Humanoid's, to show the scaling; `last_action` keeps what came.
     """
 
@@ -16,18 +16,18 @@ class Constant(gym.Env):
 
     def __init__(self, length=10, terminates=False, nan_at=None, nan_reward_at=None, image=False, discrete=False):
         self.length, self.terminates, self.nan_at, self.nan_reward_at = length, terminates, nan_at, nan_reward_at
-        self.t, self.episode, self.total_steps, self.last_action = 0, -1, 0, np.zeros(2)
+        self.t, self.mark, self.total_steps, self.last_action = 0, 0.0, 0, np.zeros(2)
         if image:
             self.observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
         if discrete:
             self.action_space = gym.spaces.Discrete(3)
 
     def _obs(self):
-        return np.array([self.t / self.length, self.episode / 100, self.last_action[0]])
+        return np.array([self.t / self.length, self.mark, self.last_action[0]])
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.t, self.episode, self.last_action = 0, self.episode + 1, np.zeros(2)
+        self.t, self.mark, self.last_action = 0, self.np_random.random(), np.zeros(2)
         return self._obs(), {}
 
     def step(self, action):
