@@ -454,9 +454,6 @@ def train(args: Args, checkpoint: dict | None) -> int:
             episode_return += float(reward)
         check(np.array_equal(obs, checkpoint["obs"].numpy()), f"{args.env_id} is not deterministic: cannot resume", 1)
 
-    def due(step: int, every: int) -> bool:
-        return step // every > (step - repeat) // every
-
     def save() -> None:
         state = {"script": SCRIPT, "args": vars(args), "agent": agent.state_dict(), "agent_step": agent_step}
         state |= {"episode": episode, "evaluations": evaluations, "rng": rng.get_state(), "obs": torch.from_numpy(obs)}
@@ -486,7 +483,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
     if args.track:
         wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=agent_step * repeat)
-    info, n_timed, first_step, start = {}, 0, agent_step, time.perf_counter()
+    info, n_timed, first_step, start = {}, 0, agent_step * repeat, time.perf_counter()
     sizes = [sum(p.numel() for p in ps) for ps in (agent.actor_parameters, agent.critic_parameters)]
     print(f"{args.env_id} on {name}: actor {sizes[0]:,}, critic {sizes[1]:,} parameters, buffer up to {needed:,} bytes")
     if device.type == "cpu" and args.critic_width > 512:
@@ -516,18 +513,17 @@ def train(args: Args, checkpoint: dict | None) -> int:
             bad = [key for key, value in info.items() if not math.isfinite(value.item())]
             check(not bad, f"{bad} became NaN or infinite at step {step}; the last checkpoint is from before that", 1)
             n_timed += 1
-            if n_timed == 10:  # compiled by now
-                tick = time.perf_counter()
+            if n_timed == 10:  # both updates are compiled by now
+                first_step, start = step, time.perf_counter()
+            speed = (step - first_step) / (time.perf_counter() - start)
             if n_timed == 70:
-                seconds = (time.perf_counter() - tick) / 60
-                minutes = seconds * (args.total_timesteps - step) / repeat / 60
-                progress.write(f"{repeat / seconds:.0f} steps/s: about {minutes:.0f} minutes without evaluations")
+                minutes = (args.total_timesteps - step) / speed / 60
+                progress.write(f"{speed:.0f} steps/s: about {minutes:.0f} minutes to go, evaluations not counted")
             if agent_step % LOG_EVERY == 0:
                 for key, value in info.items():
                     writer.add_scalar(f"losses/{key}", value, step)
-                sps = (agent_step - first_step) * repeat / (time.perf_counter() - start)
-                writer.add_scalar("charts/SPS", sps, step)
-        if due(step, args.eval_every):
+                writer.add_scalar("charts/SPS", speed, step)
+        if step % args.eval_every < repeat:
             rows = evaluate(agent, eval_env, step)
             evaluations += rows
             rows_to.writerows(rows)
@@ -535,7 +531,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
             writer.add_scalar("eval/return", mean, step)
             progress.set_postfix({"eval return": f"{mean:.0f}"})
         progress.update(repeat)
-        if due(step, args.checkpoint_every) or stop or step >= args.total_timesteps:
+        if step % args.checkpoint_every < repeat or stop or step >= args.total_timesteps:
             save()
     progress.close()
     writer.close()
