@@ -117,13 +117,13 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+def make_env(args: Args, **kwargs) -> gym.Env:
     """An environment with float32 vector observations and actions in [-1, 1]; an unsuitable one ends with code 2."""
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
-    if render_mode and not os.environ.get("DISPLAY"):
+    if kwargs and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # headless
     try:
-        env = gym.make(args.env_id, render_mode=render_mode)
+        env = gym.make(args.env_id, **kwargs)
     except Exception as e:  # gymnasium's own messages name near matches and missing packages
         check(False, f"--env-id {args.env_id}: {e}")
     box, spaces, actions = gym.spaces.Box, env.observation_space, env.action_space
@@ -409,7 +409,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
     """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + the signal that ended the run."""
     if args.track:
         import wandb
-    env, eval_env = make_env(args), make_env(args, "rgb_array" if args.capture_video else None)
+    env, eval_env = make_env(args), make_env(args, **{"render_mode": "rgb_array"} if args.capture_video else {})
     obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -433,8 +433,9 @@ def train(args: Args, checkpoint: dict | None) -> int:
         agent_step, episode, evaluations = (checkpoint[key] for key in ("agent_step", "episode", "evaluations"))
         agent.n_updates = max(0, agent_step - args.learning_starts) * args.utd
     if args.capture_video:
-        first = {"episode_trigger": lambda i: i % args.eval_episodes == 0}
-        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), **first)
+        names = {"name_prefix": f"{'evaluate' if args.evaluate else 'train'}-from-{agent_step * repeat}"}
+        names["episode_trigger"] = lambda i: i % args.eval_episodes == 0
+        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), **names)
     if args.evaluate:
         _, _, returns, _, successes = zip(*evaluate(agent, eval_env, agent_step * repeat))
         success = "" if "" in successes else f", success {np.mean(successes):.2f}"
@@ -485,7 +486,11 @@ def train(args: Args, checkpoint: dict | None) -> int:
     writer = SummaryWriter(run_dir, purge_step=agent_step * repeat)
     info, n_timed, first_step, start = {}, 0, agent_step * repeat, time.perf_counter()
     sizes = [sum(p.numel() for p in ps) for ps in (agent.actor_parameters, agent.critic_parameters)]
-    print(f"{args.env_id} on {name}: actor {sizes[0]:,}, critic {sizes[1]:,} parameters, buffer up to {needed:,} bytes")
+    print(
+        f"{run_dir}: {args.env_id} on {name}; actor {sizes[0]:,} and critic {sizes[1]:,} parameters; replay buffer ",
+        end="",
+    )
+    print(f"up to {needed / 1e6:,.0f} MB")
     if device.type == "cpu" and args.critic_width > 512:
         print("A critic this wide is slow on a CPU: --critic-width 256 is many times faster")
     progress = tqdm(total=args.total_timesteps, initial=agent_step * repeat, unit="step", disable=None)
@@ -529,7 +534,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
             rows_to.writerows(rows)
             mean = float(np.mean([row[2] for row in rows]))
             writer.add_scalar("eval/return", mean, step)
-            progress.set_postfix({"eval return": f"{mean:.0f}"})
+            progress.write(f"step {step:,}: evaluation return {mean:,.1f}")
         progress.update(repeat)
         if step % args.checkpoint_every < repeat or stop or step >= args.total_timesteps:
             save()

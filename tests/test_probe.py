@@ -1,0 +1,83 @@
+"""benchmark/probe.py: the Q-bias protocol and the per-layer diagnostics."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import probe  # noqa: E402
+
+import crossq_sac  # noqa: E402
+
+
+def test_soft_returns_by_hand():
+    """Three steps, gamma 0.5, alpha 0.1: the entropy bonus of a step belongs to the return of the step before it."""
+    g = probe.soft_returns([1.0, 2.0, 4.0], [-10.0, -20.0, -30.0], gamma=0.5, alpha=0.1)
+    g2 = 4.0
+    g1 = 2.0 + 0.5 * (g2 + 0.1 * 30.0)
+    g0 = 1.0 + 0.5 * (g1 + 0.1 * 20.0)
+    assert np.allclose(g, [g0, g1, g2])
+
+
+class ConstantQ:
+    """Stands for an agent whose Q is known: reward 1, episodes of 10 steps."""
+
+    def __init__(self, value):
+        self.args = crossq_sac.Args(gamma=0.9, env_id="tiny_envs:Terminated-v0")
+        self.log_alpha = torch.tensor(math.log(1e-9))
+        self.actor = self.critic = self
+        self.value = value
+
+    def eval(self):
+        return self
+
+    def sample(self, obs, noise):
+        return noise.clamp(-1, 1), torch.zeros(1)
+
+    def __call__(self, obs, action):
+        return torch.full((2, 1), self.value)
+
+    def aggregate(self, q):
+        return q.min(0).values
+
+
+@pytest.mark.parametrize(("env_id", "kept"), [("tiny_envs:Terminated-v0", 10), ("tiny_envs:Truncated-v0", 4)])
+def test_q_bias_against_known_returns(env_id, kept):
+    """Bias and spread are those of (Q - G) / |mean G|, over whole episodes or, under a time limit, their first 35 %."""
+    g = np.array([(1 - 0.9 ** (10 - t)) / 0.1 for t in range(kept)])
+    env = crossq_sac.make_env(crossq_sac.Args(env_id=env_id))
+    values = probe.q_bias(crossq_sac, ConstantQ(3.0), env, step=1)
+    assert values["q_bias/mean"] == pytest.approx((3.0 - g.mean()) / g.mean(), rel=1e-5)
+    assert values["q_bias/std"] == pytest.approx((g / g.mean()).std(), rel=1e-5)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_probe_does_not_change_the_run(tmp_path, monkeypatch, compile):
+    """The probed run's evaluations are the plain run's; probe.csv holds bias, norms and, after the warm-up, r and d."""
+    monkeypatch.chdir(tmp_path)
+    arguments = (
+        "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --total-timesteps 60"
+    )
+    arguments += (
+        f" --learning-starts 20 --eval-every 30 --eval-episodes 1 --brn-warmup 5 --compile {compile} --device cpu"
+    )
+    arguments = arguments.split()
+    assert crossq_sac.main([*arguments, "--run-name", "plain"]) == 0
+    assert probe.main([str(ROOT / "crossq_sac.py"), *arguments, "--run-name", "probed"]) == 0
+    plain, probed = (Path("runs", name, "evaluations.csv").read_text() for name in ("plain", "probed"))
+    assert plain == probed
+    rows = {(int(s), k): float(v) for s, k, v in csv.reader(open("runs/probed/probe.csv"))}
+    dense = "critic.dense.0"
+    assert rows[60, f"{dense}/effective_lr"] == pytest.approx(
+        rows[60, f"{dense}/grad_norm"] / rows[60, f"{dense}/weight_norm"]
+    )
+    assert 1 / 3 <= rows[60, "critic.norms.1/r_min"] < rows[60, "critic.norms.1/r_max"] <= 3  # 1 and 1 in the warm-up
+    assert rows[60, "critic.norms.1/d_abs_max"] > 0
+    assert (30, "q_bias/mean") in rows and (60, "q_bias/std") in rows
