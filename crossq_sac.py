@@ -446,7 +446,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
     obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
     if checkpoint:
         buffer.size, buffer.position = len(checkpoint["rows"]), checkpoint["position"]
-        buffer.rows[: buffer.size] = checkpoint["rows"]
+        buffer.rows[: buffer.size] = checkpoint.pop("rows")  # not kept twice
         if checkpoint["rng"].shape == rng.get_state().shape:  # another kind of device has another generator
             rng.set_state(checkpoint["rng"])
         actions = list(checkpoint["actions"].numpy())
