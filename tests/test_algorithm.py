@@ -1,0 +1,464 @@
+"""The algorithm: batch renormalisation, the joint pass, the two updates, the replay buffer, time limits."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import crossq_sac
+from crossq_sac import Args, BatchRenorm, CrossQ, ReplayBuffer
+
+OBS, ACTIONS, BATCH = 5, 2, 16
+
+
+def make_agent(**changes) -> CrossQ:
+    torch.manual_seed(0)
+    small = {"critic_width": 16, "actor_width": 16, "batch_size": BATCH, "compile": "off"}
+    return CrossQ(OBS, ACTIONS, Args(**small | changes))
+
+
+def make_batch(seed=0, done=0.0):
+    g = torch.Generator().manual_seed(seed)
+    obs, next_obs = torch.randn(2, BATCH, OBS, generator=g)
+    action = torch.rand(BATCH, ACTIONS, generator=g) * 2 - 1
+    return [obs, action, torch.randn(BATCH, generator=g), torch.full((BATCH,), done), next_obs]
+
+
+def noise(seed=1):
+    return torch.randn(BATCH, ACTIONS, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in net.named_buffers()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------ batch renorm
+
+
+def ioffe(x, mean, var, warm, r_max=3.0, d_max=5.0, eps=1e-3):
+    """Ioffe 2017 in numpy: output, r, d and the gradient of sum(output * g) for a given g, r and d held constant."""
+    mu, sigma = x.mean(0), np.sqrt(x.var(0) + eps)
+    running = np.sqrt(var + eps)
+    r, d = np.ones_like(mu), np.zeros_like(mu)
+    if warm:
+        r = np.clip(sigma / running, 1 / r_max, r_max)
+        d = np.clip((mu - mean) / running, -d_max, d_max)
+    normal = (x - mu) / sigma
+
+    def gradient(g):
+        g = g * r  # then the well-known backward pass of batch norm
+        return (g - g.mean(0) - normal * (g * normal).mean(0)) / sigma
+
+    return normal * r + d, gradient
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_batch_renorm_is_ioffes(warm):
+    """Forward and gradient in float64, with a constant feature, one of tiny variance, and clipped r and d."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 6)) * [1.0, 0.0, 1e-4, 50.0, 1.0, 2.0] + [0.0, 3.0, 1.0, 0.0, 100.0, -1.0]
+    layer = BatchRenorm((1, 6), warmup=0 if warm else 100).double()
+    mean, var = rng.normal(size=6), rng.uniform(0.5, 2.0, size=6)
+    with torch.no_grad():
+        layer.running_mean.copy_(torch.tensor(mean))
+        layer.running_var.copy_(torch.tensor(var))
+    tensor, g = torch.tensor(x, requires_grad=True), rng.normal(size=x.shape)
+    out = layer(tensor)
+    expected, gradient = ioffe(x, mean, var, warm)
+    assert np.allclose(out.detach(), expected, atol=1e-10)
+    out.backward(torch.tensor(g))
+    assert np.allclose(tensor.grad, gradient(g), atol=1e-9)
+    if warm:  # the data was chosen so that both clips act
+        assert (np.sqrt(x.var(0) + 1e-3) / np.sqrt(var + 1e-3)).max() > 3 and layer.r.max() == 3 and layer.d.max() == 5
+    assert np.allclose(layer.running_mean, 0.99 * mean + 0.01 * x.mean(0))
+    assert np.allclose(layer.running_var, 0.99 * var + 0.01 * x.var(0))  # biased
+
+
+def test_batch_renorm_is_batch_norm_in_the_warm_up():
+    """The same output as torch's batch norm with eps 1e-3, in training and in eval mode of the first statistics."""
+    x, ours, theirs = torch.randn(20, 3), BatchRenorm((1, 3)), nn.BatchNorm1d(3, eps=1e-3, momentum=0.01)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert torch.allclose(ours.running_mean[0], theirs.running_mean)
+
+
+def test_training_output_is_eval_output_after_the_warm_up():
+    """Unclipped, r and d turn the batch's normalisation into that of the (old) running statistics, exactly."""
+    layer = BatchRenorm((1, 4), warmup=0)
+    with torch.no_grad():
+        layer.running_mean.uniform_(-0.5, 0.5)
+        layer.running_var.uniform_(0.5, 1.5)
+    x = torch.randn(64, 4) * torch.tensor([1.0, 1.0, 0.7, 1.2])
+    before = layer.eval()(x)
+    assert torch.allclose(layer.train()(x), before, atol=1e-5)
+    assert not torch.allclose(layer.eval()(x), before, atol=1e-5)  # only now have the statistics moved
+
+
+def test_warm_up_ends_after_exactly_so_many_training_forwards():
+    """steps >= warmup: with a warm-up of 3, forwards 1 to 3 are batch norm, the fourth is not; eval does not count."""
+    layer = BatchRenorm((1, 2), warmup=3)
+    for forward in range(1, 6):
+        x = torch.randn(8, 2) + 5
+        layer.eval()(x)
+        layer.train()(x)
+        assert bool((layer.r == 1).all() and (layer.d == 0).all()) == (forward <= 3)
+        assert layer.steps == forward
+    plain = BatchRenorm((1, 2), warmup=math.inf)
+    plain(torch.randn(8, 2))
+    assert (plain.r == 1).all() and (plain.d == 0).all()
+
+
+def test_batch_renorm_state_survives_a_checkpoint():
+    layer, other = BatchRenorm((2, 1, 3), warmup=1), BatchRenorm((2, 1, 3), warmup=1)
+    for _ in range(3):
+        layer(torch.randn(2, 8, 3))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 3)
+    assert other.steps == 3 and torch.equal(layer(x), other(x)) and torch.equal(layer.eval()(x), other.eval()(x))
+
+
+def test_an_ensemble_is_as_many_separate_layers():
+    """Each critic has its own statistics; a shared input [B, F] is normalised for each."""
+    both, singles = BatchRenorm((2, 1, 3), warmup=0), [BatchRenorm((1, 3), warmup=0) for _ in range(2)]
+    x = torch.randn(2, 8, 3) * torch.tensor([1.0, 2.0])[:, None, None]
+    for _ in range(3):
+        assert torch.allclose(both(x), torch.stack([layer(part) for layer, part in zip(singles, x)]), atol=1e-6)
+    assert torch.allclose(both.running_var, torch.stack([layer.running_var for layer in singles]))
+    assert BatchRenorm((2, 1, 3))(x[0]).shape == (2, 8, 3)
+
+
+# ------------------------------------------------------------------------------- the updates
+
+
+def test_critic_gradient_is_that_of_one_joint_pass_with_a_constant_target():
+    """Against the paper's figure 2 written down again; a pass of its own for s' gives another gradient."""
+    agent, batch = make_agent(), make_batch(done=0.25)
+    obs, action, reward, done, next_obs = batch
+    agent.actor.eval(), agent.critic.train()
+    with torch.no_grad():
+        next_action, log_prob = agent.actor.sample(next_obs, noise())
+    before = agent.critic.state_dict()
+    before = {k: v.clone() for k, v in before.items()}
+
+    def gradient(joint, detach):
+        agent.critic.load_state_dict(before)
+        if joint:
+            out = agent.critic(torch.cat([obs, next_obs], 0), torch.cat([action, next_action], 0))
+            q, next_q = out[:, :BATCH], out[:, BATCH:]
+        else:
+            q, next_q = agent.critic(obs, action), agent.critic(next_obs, next_action)
+        value = torch.minimum(next_q[0], next_q[1]) - agent.log_alpha.exp().detach() * log_prob
+        target = reward + 0.99 * (1 - done) * value
+        target = target.detach() if detach else target
+        loss = sum(0.5 * nn.functional.mse_loss(one, target) for one in q)
+        return loss.item(), torch.autograd.grad(loss, list(agent.critic.parameters()))
+
+    joint_loss, joint = gradient(True, True)
+    separate = gradient(False, True)[1]
+    through = gradient(True, False)[1]
+    agent.critic.load_state_dict(before)
+    info, ours = agent.critic_gradients(*batch, noise())
+    assert info["critic_loss"].item() == pytest.approx(joint_loss, rel=1e-5)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, joint))
+    assert not all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(ours, separate))
+    assert not all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(ours, through))
+
+
+def test_statistics_move_in_their_own_update_only_and_by_one_step():
+    """critic: one step per critic update; actor: one per actor update; neither otherwise, nor by acting."""
+    agent, batch = make_agent(), make_batch()
+    actor, critic = statistics(agent.actor), statistics(agent.critic)
+    agent.update_critic(*batch, noise())
+    assert same(actor, statistics(agent.actor)) and not same(critic, statistics(agent.critic))
+    assert all(v == 1 for k, v in statistics(agent.critic).items() if k.endswith("steps"))
+    joint_input = torch.cat([torch.cat([batch[0], batch[4]]), torch.zeros(2 * BATCH, ACTIONS)], -1)[:, :OBS]
+    mean = agent.critic.norms[0].running_mean[0, 0, :OBS]
+    assert torch.allclose(mean, 0.01 * joint_input.mean(0), atol=1e-6)  # of s and s' together
+    critic = statistics(agent.critic)
+    agent.update_actor(batch[0], noise())
+    assert same(critic, statistics(agent.critic)) and not same(actor, statistics(agent.actor))
+    assert torch.allclose(agent.actor.norms[0].running_mean[0], 0.01 * batch[0].mean(0), atol=1e-6)  # of s alone
+    actor = statistics(agent.actor)
+    agent.act(np.zeros(OBS, np.float32), torch.ones(ACTIONS))
+    assert same(actor, statistics(agent.actor))
+
+
+def test_evaluation_leaves_the_agent_alone_and_training_goes_on():
+    """No statistic and no weight moves in evaluate(); the update after it is the one without it."""
+    args = Args(env_id="tiny_envs:Truncated-v0", eval_episodes=2, critic_width=16, actor_width=16, compile="off")
+    torch.manual_seed(0)
+    agents = [CrossQ(3, 2, args) for _ in range(2)]
+    agents[1].load_state_dict(agents[0].state_dict())
+    batch = [torch.randn(BATCH, 3), torch.rand(BATCH, 2), torch.randn(BATCH), torch.zeros(BATCH), torch.randn(BATCH, 3)]
+    for step in range(4):
+        before = {k: v.clone() for k, v in agents[0].state_dict().items()}
+        crossq_sac.evaluate(agents[0], crossq_sac.make_env(args), step)
+        assert same(before, agents[0].state_dict())
+        for agent in agents:
+            agent.update_critic(*batch, noise())
+            agent.update_actor(batch[0], noise())
+        assert same(agents[0].state_dict(), agents[1].state_dict())
+    assert agents[0].actor.norms[0].steps == 4
+
+
+def test_the_actor_update_leaves_the_critics_weights_alone_and_uses_them_in_eval_mode():
+    agent, batch = make_agent(), make_batch()
+    for i in range(3):
+        agent.update_critic(*make_batch(i), noise())
+    before = {k: v.clone() for k, v in agent.critic.state_dict().items()}
+    actor = {k: v.clone() for k, v in agent.actor.state_dict().items()}
+    gradients = [p.grad.clone() for p in agent.critic_parameters]
+    info = agent.update_actor(batch[0], noise())
+    assert same(before, agent.critic.state_dict())
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, agent.critic_parameters))
+    agent.actor.load_state_dict(actor)
+    action, log_prob = agent.actor.train().sample(batch[0], noise())
+    q = agent.critic.eval()(batch[0], action).min(0).values
+    assert info["actor_loss"].item() == pytest.approx((1.0 * log_prob - q).mean().item(), rel=1e-4)  # alpha was 1
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_temperature_follows_the_entropy(wide):
+    """Down when the entropy is above -dim(A), up when below; first Adam step = lr; gradient alpha (H - target)."""
+    agent = make_agent(alpha=0.5)
+    with torch.no_grad():
+        agent.actor.head.weight.zero_()
+        agent.actor.head.bias[..., ACTIONS:] = 0.0 if wide else -10.0
+    info = agent.update_actor(make_batch()[0], noise())
+    assert (info["entropy"] > agent.target_entropy) == wide
+    assert agent.target_entropy == -ACTIONS
+    step = agent.log_alpha.item() - math.log(0.5)
+    assert step == pytest.approx(-1e-3 if wide else 1e-3, rel=1e-3)
+    expected = 0.5 * (info["entropy"].item() + ACTIONS)
+    assert agent.log_alpha.grad.item() == pytest.approx(expected, rel=1e-4)
+    assert agent.alpha_opt.param_groups[0]["betas"] == (0.9, 0.999)
+    fixed = make_agent(alpha=0.5, autotune=False)
+    fixed.update_actor(make_batch()[0], noise())
+    assert fixed.log_alpha.item() == pytest.approx(math.log(0.5))
+
+
+def test_every_third_update_moves_the_actor():
+    agent, rng, moved = make_agent(), torch.Generator().manual_seed(0), []
+    for update in range(1, 10):
+        before = [p.clone() for p in agent.actor_parameters]
+        agent.update(make_batch(update), rng)
+        if any(not torch.equal(a, b) for a, b in zip(before, agent.actor_parameters)):
+            moved.append(update)
+    assert moved == [3, 6, 9] and agent.n_updates == 9
+
+
+def test_optimisers_have_the_papers_constants():
+    agent = make_agent()
+    for optimizer in (agent.critic_opt, agent.actor_opt):
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.5, 0.999), 1e-8, 0)
+
+
+def test_aggregation():
+    q = torch.tensor([[1.0, 4.0], [3.0, 2.0]])
+    assert make_agent().aggregate(q).tolist() == [1, 2]
+    assert make_agent(q_aggregation="mean").aggregate(q).tolist() == [2, 3]
+
+
+def test_terminal_rows_have_the_reward_as_target():
+    """done = 1: nothing of s' in the target."""
+    agent = make_agent()
+    obs, action, reward, done, next_obs = make_batch(done=1.0)
+    before = {k: v.clone() for k, v in agent.critic.state_dict().items()}
+    agent.actor.eval(), agent.critic.train()
+    info, _ = agent.critic_gradients(obs, action, reward, done, next_obs, noise())
+    agent.critic.load_state_dict(before)
+    with torch.no_grad():
+        next_action, _ = agent.actor.sample(next_obs, noise())
+        q = agent.critic(torch.cat([obs, next_obs]), torch.cat([action, next_action]))[:, :BATCH]
+    assert info["critic_loss"].item() == pytest.approx(0.5 * (q - reward).square().mean(1).sum().item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ the networks
+
+
+def test_log_prob_is_that_of_a_squashed_gaussian():
+    """Against torch.distributions in float64; finite where the action is 1 to the last bit."""
+    agent = make_agent().double()
+    obs = torch.randn(BATCH, OBS).double()
+    agent.actor.eval()
+    for scale in (1.0, 3.0):
+        eps = noise().double() * scale
+        action, log_prob = agent.actor.sample(obs, eps)
+        mean, log_std = agent.actor(obs)
+        base = torch.distributions.Normal(mean, log_std.exp())
+        tanh = torch.distributions.TanhTransform(cache_size=1)
+        squashed = torch.distributions.TransformedDistribution(base, [tanh])
+        expected = squashed.log_prob(tanh(mean + log_std.exp() * eps)).sum(-1)
+        assert torch.allclose(log_prob, expected, atol=1e-8) and (action.abs() <= 1).all()
+    with torch.no_grad():
+        agent.actor.head.weight.zero_()
+        agent.actor.head.bias[..., :ACTIONS] = 20.0
+        agent.actor.head.bias[..., ACTIONS:] = 0.0
+    action, log_prob = agent.float().actor.sample(obs.float(), torch.zeros(BATCH, ACTIONS))
+    expected = ACTIONS * (-0.5 * math.log(2 * math.pi) - 2 * (math.log(2) - 20.0))
+    assert (action == 1).all() and log_prob[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_log_std_is_clipped_and_not_rescaled():
+    """An untrained actor explores: sigma is near 1, and the bounds are -20 and 2."""
+    agent = make_agent()
+    _, log_std = agent.actor.eval()(torch.randn(100, OBS))
+    assert -2 < log_std.mean() < 2
+    with torch.no_grad():
+        agent.actor.head.bias[..., ACTIONS:] = torch.tensor([-100.0, 100.0])
+    assert agent.actor(torch.zeros(1, OBS))[1].tolist() == [[-20, 2]]
+
+
+def test_initialisation_is_lecun_normal():
+    torch.manual_seed(0)
+    layer = crossq_sac.Dense(400, 300, (2,))
+    assert layer.weight.std().item() == pytest.approx(400**-0.5, rel=0.01)
+    assert layer.weight.abs().max() <= 2 * 400**-0.5 / 0.8796 + 1e-6 and (layer.bias == 0).all()
+    assert not torch.equal(layer.weight[0], layer.weight[1])
+
+
+@pytest.mark.parametrize("norm", ["brn", "bn", "ln", "none"])
+@pytest.mark.parametrize("activation", list(crossq_sac.ACTIVATIONS))
+def test_norms_and_activations(norm, activation):
+    """Each combination updates to finite values; only brn and bn have batch statistics, and the input is normalised."""
+    agent = make_agent(critic_norm=norm, actor_norm=norm, activation=activation, brn_warmup=1)
+    for i in range(3):
+        info = agent.update(make_batch(i), torch.Generator().manual_seed(i))
+    assert all(v.isfinite() for v in info.values()) and "actor_loss" in info
+    layers = [m for m in agent.critic.modules() if isinstance(m, BatchRenorm)]
+    assert len(layers) == (3 if norm in ("brn", "bn") else 0)
+    if layers:
+        assert layers[0].scale.shape == (2, 1, OBS + ACTIONS)
+        assert any((m.r != 1).any() for m in layers) == (norm == "brn")
+    assert agent.critic.head.weight.shape[1] == (8 if activation == "glu" else 16)
+
+
+def test_layer_norm_stands_before_the_activation():
+    agent = make_agent(critic_norm="ln")
+    x = torch.randn(4, OBS + ACTIONS)
+    h = torch.relu(nn.functional.layer_norm(agent.critic.dense[0](x), (16,)))
+    h = torch.relu(nn.functional.layer_norm(agent.critic.dense[1](h), (16,)))
+    assert torch.allclose(agent.critic(x[:, :OBS], x[:, OBS:]), agent.critic.head(h)[..., 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_number_of_critics(n):
+    agent = make_agent(n_critics=n)
+    agent.update(make_batch(), torch.Generator().manual_seed(0))
+    assert agent.critic(*make_batch()[:2]).shape == (n, BATCH)
+
+
+# ------------------------------------------------------------------ replay buffer and time limits
+
+
+def test_buffer_wraps_around_and_keeps_contents():
+    buffer, rng = ReplayBuffer(5, 2, 1, torch.device("cpu")), torch.Generator().manual_seed(0)
+    buffer.rows.fill_(math.nan)  # unwritten rows would show
+    for i in range(8):
+        buffer.add(np.full(2, i), np.full(1, -i / 10), i + 0.5, i % 2 == 0, np.full(2, i + 1))
+        obs, action, reward, done, next_obs = buffer.sample(200, rng)
+        kept = range(max(0, i - 4), i + 1)
+        assert set(obs[:, 0].tolist()) == set(kept)
+        assert torch.equal(obs + 1, next_obs) and torch.equal(reward, obs[:, 0] + 0.5)
+        assert torch.allclose(action[:, 0], -obs[:, 0] / 10) and torch.equal(done, (obs[:, 0] % 2 == 0).float())
+        assert buffer.rows.dtype == torch.float32 and (action.shape, reward.shape) == ((200, 1), (200,))
+
+
+def test_sampling_is_uniform():
+    buffer = ReplayBuffer(64, 1, 1, torch.device("cpu"))
+    for i in range(50):
+        buffer.add([i], [0], 0, False, [0])
+    counts = torch.bincount(buffer.sample(50_000, torch.Generator().manual_seed(0))[0][:, 0].long(), minlength=64)
+    chi2 = ((counts[:50] - 1000.0) ** 2 / 1000).sum()
+    assert counts[50:].sum() == 0 and 20 < chi2 < 90  # 49 degrees of freedom: 0.9999 of all draws
+
+
+def test_memory_is_taken_when_written():
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    buffer = ReplayBuffer(1_000_000, 376, 17, torch.device("cpu"))  # Humanoid: 3 GB
+    buffer.add(np.zeros(376), np.zeros(17), 0, False, np.zeros(376))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+@pytest.fixture
+def run_loop(tmp_path, monkeypatch):
+    """Runs the script's own loop on a tiny environment; returns its agent, its buffer and the environments."""
+
+    def run(*arguments):
+        made = {"envs": []}
+        for name in ("CrossQ", "ReplayBuffer"):
+            original = getattr(crossq_sac, name)
+
+            def build(*a, original=original, name=name, **k):
+                made[name] = original(*a, **k)
+                return made[name]
+
+            monkeypatch.setattr(crossq_sac, name, build)
+        make_env = crossq_sac.make_env
+        monkeypatch.setattr(
+            crossq_sac, "make_env", lambda *a, **k: made["envs"].append(make_env(*a, **k)) or made["envs"][-1]
+        )
+        monkeypatch.setattr(crossq_sac.signal, "signal", lambda *_: None)
+        monkeypatch.chdir(tmp_path)
+        common = "--critic-width 32 --actor-width 16 --batch-size 64 --compile off --device cpu --eval-every 100000"
+        assert crossq_sac.main([*common.split(), *arguments]) == 0
+        return made["CrossQ"], made["ReplayBuffer"], made["envs"][0]
+
+    return run
+
+
+@pytest.mark.parametrize(("env", "flags", "limit"), [
+    ("Truncated", [], 5.0),  # 1 / (1 - gamma): a time limit is no end
+    ("Terminated", [], None),
+    ("Terminated", ["--bootstrap-at-termination"], 5.0),
+])  # fmt: skip
+def test_truncation_bootstraps_and_termination_does_not(run_loop, env, flags, limit):
+    """Reward 1 for ever is worth 1 / (1 - gamma); with terminations, the last step is worth 1, the first of 10 more."""
+    arguments = f"--env-id tiny_envs:{env}-v0 --gamma 0.8 --alpha 1e-6 --no-autotune --total-timesteps 2500".split()
+    agent, _, _ = run_loop(*arguments, "--learning-starts", "300", *flags)
+    obs = torch.tensor([[0.0, 0.5, 0.0], [0.9, 0.5, 0.0]])
+    q = agent.critic.eval()(obs, torch.zeros(2, 2)).detach().mean(0)
+    if limit:
+        assert torch.allclose(q, torch.full((2,), limit), rtol=0.12)
+    else:
+        assert q[1] < 1.6 and 3.0 < q[0] < 5.0 and q[0] == pytest.approx((1 - 0.8**10) / 0.2, rel=0.2)
+
+
+@pytest.mark.parametrize("env", ["Truncated", "Terminated"])
+def test_stored_transitions(run_loop, env):
+    """The true last observation is stored, `done` marks terminations only, and no row crosses a reset."""
+    arguments = f"--env-id tiny_envs:{env}-v0 --total-timesteps 95 --learning-starts 1000".split()
+    agent, buffer, env_ = run_loop(*arguments)
+    assert buffer.size == 95 and agent.n_updates == 0
+    obs, action, reward, done, next_obs = buffer.rows[:95].split(buffer.widths, -1)
+    t = torch.arange(95) % 10
+    assert torch.allclose(obs[:, 0], t / 10) and torch.allclose(next_obs[:, 0], (t + 1) / 10)
+    assert torch.equal(obs[:, 1], next_obs[:, 1]) and len(set(obs[:, 1].tolist())) == 10  # the episode's own mark
+    assert torch.equal(done[:, 0], (t == 9).float() if env == "Terminated" else torch.zeros(95))
+    # The agent's actions fill [-1, 1]; the environment, with bounds of 0.4, saw 0.4 times as much.
+    assert action.min() < -0.9 and action.max() > 0.9 and abs(action.mean()) < 0.2
+    assert torch.allclose(next_obs[:, 2], 0.4 * action[:, 0], atol=1e-6)
+    assert env_.action_space.low[0] == -1 and env_.unwrapped.action_space.low[0] == np.float32(-0.4)
+
+
+def test_action_repeat_sums_rewards_and_stops_at_the_end():
+    env = crossq_sac.make_env(Args(env_id="tiny_envs:Terminated-v0", action_repeat=4))
+    env.reset(seed=0)
+    steps = [env.step(np.zeros(2, np.float32))[1:3] for _ in range(3)]
+    assert steps == [(4.0, False), (4.0, False), (2.0, True)]
+
+
+def test_dictionaries_are_flattened_in_the_order_of_the_space():
+    env = crossq_sac.make_env(Args(env_id="tiny_envs:DictObs-v0"))
+    obs, _ = env.reset(seed=0)
+    assert isinstance(env.observation_space, gym.spaces.Box) and obs.dtype == np.float32 and obs.shape == (3,)
+    obs, *_ = env.step(np.full(2, 0.5, np.float32))
+    assert obs[0] == pytest.approx(0.1) and obs[2] == pytest.approx(0.2)  # "position", then "height"
