@@ -22,6 +22,7 @@ REDQ and DroQ at an update-to-data ratio of 1 instead of 20.
 import contextlib
 import csv
 import dataclasses
+import importlib
 import io
 import json
 import math
@@ -62,9 +63,7 @@ class Args:
     critic_width: int = 2048  # units per hidden layer (paper 3.3; 256 is "CrossQ small")
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions in the ensemble
-    critic_norm: Literal["brn", "bn", "ln", "none"] = (
-        "brn"  # batch renorm, batch norm, layer norm or none (figures 8, 13)
-    )
+    critic_norm: Literal["brn", "bn", "ln", "none"] = "brn"  # batch renorm, batch norm, layer norm (figures 8, 13)
     actor_norm: Literal["brn", "bn", "ln", "none"] = "brn"  # the same for the actor
     bn_momentum: float = 0.99  # share of the old running statistics kept at an update (PyTorch counts 1 - this)
     brn_warmup: int = 100_000  # training forwards of plain batch norm before batch renorm (table 1)
@@ -407,8 +406,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
 
 def train(args: Args, checkpoint: dict | None) -> int:
     """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + the signal that ended the run."""
-    if args.track:
-        import wandb
+    for wanted, package in ((args.track, "wandb"), (args.capture_video, "moviepy")):
+        if wanted:
+            importlib.import_module(package)
     env, eval_env = make_env(args), make_env(args, **{"render_mode": "rgb_array"} if args.capture_video else {})
     obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
     cuda = args.device != "cpu" and torch.cuda.is_available()
@@ -482,6 +482,8 @@ def train(args: Args, checkpoint: dict | None) -> int:
     rows_to = csv.writer(table, lineterminator="\n")
     rows_to.writerows([("step", "episode", "return", "length", "success"), *evaluations])
     if args.track:
+        import wandb
+
         wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=agent_step * repeat)
     info, n_timed, first_step, start = {}, 0, agent_step * repeat, time.perf_counter()
@@ -549,10 +551,12 @@ def main(argv: list[str] | None = None) -> int:
     gym.logger.min_level = gym.logger.ERROR  # no advice to use -v5: the papers use -v4
     try:
         return train(*parse_args(argv))
-    except (ImportError, gym.error.DependencyNotInstalled) as e:
-        check(False, f"{e}: pip install {getattr(e, 'name', None) or 'moviepy'}")
-    except OSError as e:  # a full disk, a folder that cannot be written
-        check(False, f"{e}", 1)
+    except ImportError as e:
+        check(False, f"{e}; this needs: pip install {e.name}")
+    except (PermissionError, FileExistsError, NotADirectoryError) as e:  # of the run's folder
+        check(False, f"{e}; choose another current directory or --run-name")
+    except OSError as e:  # a full disk, say
+        check(False, f"{e}; the last checkpoint is whole", 1)
 
 
 if __name__ == "__main__":

@@ -340,6 +340,16 @@ def test_norms_and_activations(norm, activation):
     assert agent.critic.head.weight.shape[1] == (8 if activation == "glu" else 16)
 
 
+def test_activations_by_hand():
+    """Unusual ones: relu6 clips, relu-over-max divides by the largest of the batch, layernormed-relu normalises a row."""
+    x = torch.tensor([[-1.0, 4.0, 8.0, 0.0]])
+    values = {name: f(x) for name, f in crossq_sac.ACTIVATIONS.items()}
+    assert values["relu6"].tolist() == [[0, 4, 6, 0]] and torch.equal(values["sin"], x.sin())
+    assert torch.allclose(values["relu-over-max"], torch.tensor([[0, 0.5, 1, 0]]), atol=1e-6)
+    assert torch.allclose(values["glu"], x[:, :2] * torch.sigmoid(x[:, 2:]))
+    assert values["layernormed-relu"].mean().abs() < 1e-6 and values["layernormed-relu"].var(correction=0) > 0.99
+
+
 def test_layer_norm_stands_before_the_activation():
     agent = make_agent(critic_norm="ln")
     x = torch.randn(4, OBS + ACTIONS)
