@@ -341,7 +341,7 @@ def test_norms_and_activations(norm, activation):
 
 
 def test_activations_by_hand():
-    """Unusual ones: relu6 clips, relu-over-max divides by the largest of the batch, layernormed-relu normalises a row."""
+    """relu6 clips, relu-over-max divides by the largest of the batch, layernormed-relu normalises each row."""
     x = torch.tensor([[-1.0, 4.0, 8.0, 0.0]])
     values = {name: f(x) for name, f in crossq_sac.ACTIVATIONS.items()}
     assert values["relu6"].tolist() == [[0, 4, 6, 0]] and torch.equal(values["sin"], x.sin())
