@@ -474,8 +474,9 @@ def train(args: Args, checkpoint: dict | None) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     if not checkpoint:
         save()
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
-    about = {"args": vars(args), "git": git.stdout.strip(), "device": name, "python": sys.version}
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    about = {"args": vars(args), "git": revision, "device": name, "python": sys.version}
     about |= {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)}
     (run_dir / "args.json").write_text(json.dumps(about, indent=2))
     table = open(run_dir / "evaluations.csv", "w", buffering=1, newline="")  # flushed at each row's end
@@ -527,9 +528,13 @@ def train(args: Args, checkpoint: dict | None) -> int:
                 minutes = (args.total_timesteps - step) / speed / 60
                 progress.write(f"{speed:.0f} steps/s: about {minutes:.0f} minutes to go, evaluations not counted")
             if agent_step % LOG_EVERY == 0:
-                for key, value in info.items():
-                    writer.add_scalar(f"losses/{key}", value, step)
-                writer.add_scalar("charts/SPS", speed, step)
+                gradients = [p.grad for p in agent.critic_parameters]
+                norms = [torch.nn.utils.get_total_norm(x).item() for x in (agent.critic_parameters, gradients)]
+                values = {f"losses/{key}": value for key, value in info.items()} | {"charts/SPS": speed}
+                values |= {"diagnostics/critic_weight_norm": norms[0], "diagnostics/critic_gradient_norm": norms[1]}
+                values["diagnostics/critic_effective_lr"] = norms[1] / norms[0]  # CrossQ + WN, section 4
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
         if step % args.eval_every < repeat:
             rows = evaluate(agent, eval_env, step)
             evaluations += rows

@@ -1,6 +1,6 @@
 """Learning curves of `benchmark/results/` beside the published ones.
 
-    pip install matplotlib==3.10.8 && python benchmark/plot.py
+    pip install matplotlib==3.11.2 && python benchmark/plot.py
 
 Reads benchmark/results/SETTING/ENV/SEED.csv (each an `evaluations.csv`), writes benchmark/results/curves.png and .svg
 and prints a Markdown table. Ours: mean over the seeds of the mean evaluation return, and their range. Published: mean

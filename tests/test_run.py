@@ -456,8 +456,15 @@ def test_files_of_a_run(main):
     tags = set(events.Tags()["scalars"])
     expected = {"critic_loss", "q_mean", "actor_loss", "alpha_loss", "entropy", "alpha"}
     assert {"eval/return", "charts/episodic_return", "charts/SPS"} | {f"losses/{k}" for k in expected} <= tags
+    assert {f"diagnostics/critic_{k}" for k in ("weight_norm", "gradient_norm", "effective_lr")} <= tags
     assert [(e.step, e.value) for e in events.Scalars("eval/return")] == [(1000, 10.0), (2000, 10.0)]
     assert events.Scalars("charts/episodic_return")[0].step == 10
+
+
+def test_without_git(main, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert main(*TINY, "--run-name", "a", "--total-timesteps", 50) == 0
+    assert json.loads(Path("runs/a/args.json").read_text())["git"] == ""
 
 
 def test_default_run_name_and_evaluate(main, capsys):
