@@ -459,6 +459,67 @@ def test_stored_transitions(run_loop, env):
     assert env_.action_space.low[0] == -1 and env_.unwrapped.action_space.low[0] == np.float32(-0.4)
 
 
+def test_warm_up_is_exactly_learning_starts_random_steps(run_loop, monkeypatch):
+    """30 uniform actions, then the policy's; the first update comes after the 31st step, then one per step."""
+    acted, updated, n_rows = [], [], [0]
+    act, update, add = CrossQ.act, CrossQ.update, ReplayBuffer.add
+
+    def counting_add(self, *transition):
+        n_rows[0] += 1
+        add(self, *transition)
+
+    monkeypatch.setattr(ReplayBuffer, "add", counting_add)
+    monkeypatch.setattr(CrossQ, "act", lambda self, *a: acted.append(n_rows[0] + 1) or act(self, *a))
+    monkeypatch.setattr(CrossQ, "update", lambda self, *a: updated.append(n_rows[0]) or update(self, *a))
+    flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 40 --learning-starts 30"
+    _, buffer, _ = run_loop(*flags.split())
+    assert acted == list(range(31, 41)) and updated == list(range(31, 41))
+    # Uniform, and the run's own generator: the actions are its first numbers.
+    rng = torch.Generator().manual_seed(1)
+    expected = torch.stack([torch.rand(ACTIONS, generator=rng) * 2 - 1 for _ in range(30)])
+    assert torch.allclose(buffer.rows[:30, 3:5], expected)
+
+
+def test_actor_update_takes_the_states_of_the_batch_and_noise_of_its_own(monkeypatch):
+    agent, batch, calls = make_agent(policy_delay=1), make_batch(), {}
+    for name in ("update_critic", "update_actor"):
+        monkeypatch.setattr(agent, name, lambda *a, name=name: calls.update({name: a}) or {})
+    agent.n_updates = 3  # the counter belongs to update_critic, which is replaced here
+    agent.update(batch, torch.Generator().manual_seed(0))
+    assert calls["update_actor"][0] is batch[0]
+    assert not torch.equal(calls["update_actor"][1], calls["update_critic"][-1])
+
+
+def test_evaluation_is_deterministic_and_its_seeds_are_the_steps():
+    """tanh(mean), without noise; other steps have other episodes."""
+    agent = make_agent()
+    obs = np.ones(OBS, np.float32)
+    mean, _ = agent.actor.eval()(torch.ones(1, OBS))
+    assert np.allclose(agent.act(obs), mean.tanh().detach()[0])
+    args = Args(env_id="Pendulum-v1", eval_episodes=1, critic_width=16, actor_width=16, compile="off")
+    env, seen = crossq_sac.make_env(args), []
+    agent = CrossQ(3, 1, args)
+    step = env.step
+    env.step = lambda action: seen.append((action, agent.act(env.last))) or env_step(action)
+
+    def env_step(action):
+        out = step(action)
+        env.last = out[0]
+        return out
+
+    reset = env.reset
+
+    def env_reset(**k):
+        out = reset(**k)
+        env.last = out[0]
+        return out
+
+    env.reset = env_reset
+    rows = [crossq_sac.evaluate(agent, env, at)[0][2] for at in (1, 1, 2)]
+    assert rows[0] == rows[1] != rows[2]
+    assert all(np.array_equal(a, b) for a, b in seen)
+
+
 def test_action_repeat_sums_rewards_and_stops_at_the_end():
     env = crossq_sac.make_env(Args(env_id="tiny_envs:Terminated-v0", action_repeat=4))
     env.reset(seed=0)
