@@ -261,7 +261,7 @@ class ReplayBuffer:
         return [obs, action, reward.squeeze(-1), done.squeeze(-1), next_obs]
 
 
-class CrossQ(nn.Module):
+class Agent(nn.Module):
     """Networks, optimisers and the two updates. Every method sets the modes (train, eval) that its forwards need."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
@@ -349,7 +349,7 @@ class CrossQ(nn.Module):
         return (mean + log_std.exp() * noise).tanh()[0].cpu().numpy()
 
 
-def evaluate(agent: CrossQ, env: gym.Env, step: int) -> list[tuple]:
+def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
     """Deterministic episodes, as rows of evaluations.csv: step, episode, return, length, success (if there is one)."""
     rows, args = [], agent.args
     for episode in range(args.eval_episodes):
@@ -422,7 +422,7 @@ def train(args: Args, checkpoint: dict | None) -> int:
     new = checkpoint is not None or not (run_dir / "checkpoint.pt").exists()
     check(new, f"{run_dir} already holds a run: go on with --resume {run_dir}, or choose another --run-name")
     torch.manual_seed(args.seed)
-    agent = CrossQ(obs_dim, action_dim, args).to(device)
+    agent = Agent(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     rng = torch.Generator(device).manual_seed(args.seed)  # all randomness from here on, but the environment's
     agent_step, episode, episode_return, actions, evaluations = 0, 0, 0.0, [], []

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 import crossq_sac
-from crossq_sac import Args, BatchRenorm, CrossQ, ReplayBuffer
+from crossq_sac import Args, BatchRenorm, Agent, ReplayBuffer
 
 OBS, ACTIONS, BATCH = 5, 2, 16
 
 
-def make_agent(**changes) -> CrossQ:
+def make_agent(**changes) -> Agent:
     torch.manual_seed(0)
     small = {"critic_width": 16, "actor_width": 16, "batch_size": BATCH, "compile": "off"}
-    return CrossQ(OBS, ACTIONS, Args(**small | changes))
+    return Agent(OBS, ACTIONS, Args(**small | changes))
 
 
 def make_batch(seed=0, done=0.0):
@@ -193,7 +193,7 @@ def test_evaluation_leaves_the_agent_alone_and_training_goes_on():
     """No statistic and no weight moves in evaluate(); the update after it is the one without it."""
     args = Args(env_id="tiny_envs:Truncated-v0", eval_episodes=2, critic_width=16, actor_width=16, compile="off")
     torch.manual_seed(0)
-    agents = [CrossQ(3, 2, args) for _ in range(2)]
+    agents = [Agent(3, 2, args) for _ in range(2)]
     agents[1].load_state_dict(agents[0].state_dict())
     batch = [torch.randn(BATCH, 3), torch.rand(BATCH, 2), torch.randn(BATCH), torch.zeros(BATCH), torch.randn(BATCH, 3)]
     for step in range(4):
@@ -404,7 +404,7 @@ def run_loop(tmp_path, monkeypatch):
 
     def run(*arguments):
         made = {"envs": []}
-        for name in ("CrossQ", "ReplayBuffer"):
+        for name in ("Agent", "ReplayBuffer"):
             original = getattr(crossq_sac, name)
 
             def build(*a, original=original, name=name, **k):
@@ -420,7 +420,7 @@ def run_loop(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         common = "--critic-width 32 --actor-width 16 --batch-size 64 --compile off --device cpu --eval-every 100000"
         assert crossq_sac.main([*common.split(), *arguments]) == 0
-        return made["CrossQ"], made["ReplayBuffer"], made["envs"][0]
+        return made["Agent"], made["ReplayBuffer"], made["envs"][0]
 
     return run
 
@@ -462,15 +462,15 @@ def test_stored_transitions(run_loop, env):
 def test_warm_up_is_exactly_learning_starts_random_steps(run_loop, monkeypatch):
     """30 uniform actions, then the policy's; the first update comes after the 31st step, then one per step."""
     acted, updated, n_rows = [], [], [0]
-    act, update, add = CrossQ.act, CrossQ.update, ReplayBuffer.add
+    act, update, add = Agent.act, Agent.update, ReplayBuffer.add
 
     def counting_add(self, *transition):
         n_rows[0] += 1
         add(self, *transition)
 
     monkeypatch.setattr(ReplayBuffer, "add", counting_add)
-    monkeypatch.setattr(CrossQ, "act", lambda self, *a: acted.append(n_rows[0] + 1) or act(self, *a))
-    monkeypatch.setattr(CrossQ, "update", lambda self, *a: updated.append(n_rows[0]) or update(self, *a))
+    monkeypatch.setattr(Agent, "act", lambda self, *a: acted.append(n_rows[0] + 1) or act(self, *a))
+    monkeypatch.setattr(Agent, "update", lambda self, *a: updated.append(n_rows[0]) or update(self, *a))
     flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 40 --learning-starts 30"
     _, buffer, _ = run_loop(*flags.split())
     assert acted == list(range(31, 41)) and updated == list(range(31, 41))
@@ -498,7 +498,7 @@ def test_evaluation_is_deterministic_and_its_seeds_are_the_steps():
     assert np.allclose(agent.act(obs), mean.tanh().detach()[0])
     args = Args(env_id="Pendulum-v1", eval_episodes=1, critic_width=16, actor_width=16, compile="off")
     env, seen = crossq_sac.make_env(args), []
-    agent = CrossQ(3, 1, args)
+    agent = Agent(3, 1, args)
     step = env.step
     env.step = lambda action: seen.append((action, agent.act(env.last))) or env_step(action)
 

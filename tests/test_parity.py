@@ -78,7 +78,7 @@ def test_nine_updates_agree_with_sb3_contrib(reference):
     """Losses, weights and running statistics, over three policy delays."""
     torch.manual_seed(0)
     args = crossq_sac.Args(critic_width=WIDTH, actor_width=WIDTH, batch_size=BATCH, compile="off")
-    agent = crossq_sac.CrossQ(OBS, ACTIONS, args).double()
+    agent = crossq_sac.Agent(OBS, ACTIONS, args).double()
     missing, unexpected = agent.load_state_dict(weights_of(reference), strict=False)
     assert not missing and not unexpected
     for update in range(1, 10):

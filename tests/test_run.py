@@ -359,14 +359,14 @@ def test_nan_from_the_environment(main, capsys, env, named):
 
 
 def test_nan_in_a_loss(main, capsys, monkeypatch):
-    update, calls = crossq_sac.CrossQ.update_critic, [0]
+    update, calls = crossq_sac.Agent.update_critic, [0]
 
     def diverging(self, *batch):
         calls[0] += 1
         info = update(self, *batch)
         return info | {"critic_loss": info["critic_loss"] * (float("nan") if calls[0] == 20 else 1)}
 
-    monkeypatch.setattr(crossq_sac.CrossQ, "update_critic", diverging)
+    monkeypatch.setattr(crossq_sac.Agent, "update_critic", diverging)
     with pytest.raises(SystemExit) as e:
         main(*TINY, "--run-name", "a", "--checkpoint-every", 55)
     err = error_line(capsys)
