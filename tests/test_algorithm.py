@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import crossq_sac
-from crossq_sac import Args, BatchRenorm, Agent, ReplayBuffer
+from crossq_sac import Agent, Args, BatchRenorm, ReplayBuffer
 
 OBS, ACTIONS, BATCH = 5, 2, 16
 
