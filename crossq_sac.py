@@ -1,28 +1,23 @@
-"""CrossQ on SAC, in one file.
+"""CrossQ on SAC, in one file (Bhatt et al., ICLR 2024, arXiv 1902.05605).
 
-Bhatt et al., "CrossQ: Batch Normalization in Deep Reinforcement Learning for Greater Sample
-Efficiency and Simplicity", ICLR 2024 (arXiv 1902.05605). SAC's target networks are deleted. In
-exchange the critic is batch-(re)normalised and sees (s, a) and (s', a') in ONE forward pass, so
-that both are normalised with statistics of the same mixture. With wider critics this matches
-REDQ and DroQ at an update-to-data ratio of 1 instead of 20.
+SAC's target networks are deleted. In exchange the critic is batch-(re)normalised and sees (s, a) and (s', a') in ONE
+forward pass, so that both are normalised with statistics of the same mixture. With wider critics this matches REDQ and
+DroQ at an update-to-data ratio of 1 instead of 20.
 
     python crossq_sac.py --env-id Walker2d-v4                            # the paper's setting
     python crossq_sac.py --env-id HalfCheetah-v4 --critic-width 256      # "CrossQ small", for a CPU
-    python crossq_sac.py --resume runs/NAME                              # go on after a kill
-    python crossq_sac.py --evaluate runs/NAME --eval-episodes 10         # how good is it?
+    python crossq_sac.py --resume runs/NAME                              # go on after a kill; or --evaluate it
 """
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17", "tensorboard==2.21.0",
-#   "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17", "tensorboard==2.21.0",
+#   "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'"]
 # ///
 import contextlib
 import csv
 import dataclasses
-import importlib
+import importlib.metadata
 import io
 import json
 import math
@@ -37,21 +32,15 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).name
-LOG_EVERY = 1000  # agent steps between two rows of losses and diagnostics
-MAY_CHANGE = ["device", "compile", "eval_every", "eval_episodes", "checkpoint_every", "capture_video", "track"]
-ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "relu6": F.relu6, "sin": torch.sin, "elu": F.elu, "glu": F.glu}
-ACTIVATIONS["relu-over-max"] = lambda x: F.relu(x) / (F.relu(x).amax((-2, -1), keepdim=True) + 1e-6)
-ACTIVATIONS["layernormed-relu"] = lambda x: F.layer_norm(F.relu(x), x.shape[-1:])
+SCRIPT = Path(__file__).resolve()
+MAY_CHANGE = "total_timesteps device compile eval_every eval_episodes checkpoint_every capture_video track".split()
 
 
 @dataclasses.dataclass
@@ -63,14 +52,11 @@ class Args:
     critic_width: int = 2048  # units per hidden layer (paper 3.3; 256 is "CrossQ small")
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions in the ensemble
-    critic_norm: Literal["brn", "bn", "ln", "none"] = "brn"  # batch renorm, batch norm, layer norm (figures 8, 13)
-    actor_norm: Literal["brn", "bn", "ln", "none"] = "brn"  # the same for the actor
     bn_momentum: float = 0.99  # share of the old running statistics kept at an update (PyTorch counts 1 - this)
     brn_warmup: int = 100_000  # training forwards of plain batch norm before batch renorm (table 1)
-    activation: Literal[tuple(ACTIVATIONS)] = "relu"  # of the critic (figure 16)
     critic_lr: float = 1e-3  # Adam (table 1; DeepMind Control: 8e-4)
     actor_lr: float = 1e-3  # Adam (table 1; DeepMind Control: 8e-4)
-    alpha_lr: float = 1e-3  # Adam with its default betas
+    alpha_lr: float = 1e-3  # Adam, of the entropy temperature; 0 keeps it at --alpha
     adam_beta1: float = 0.5  # of actor and critic (table 1; Adam's default is 0.9)
     policy_delay: int = 3  # critic updates per actor update (table 1; DeepMind Control: 1)
     utd: int = 1  # critic updates per agent step (update-to-data ratio)
@@ -79,9 +65,6 @@ class Args:
     learning_starts: int = 5000  # uniformly random agent steps before the first update
     gamma: float = 0.99  # discount (Swimmer: 0.9999)
     alpha: float = 1.0  # initial entropy temperature
-    autotune: bool = True  # learn alpha towards an entropy of -dim(A); --no-autotune keeps it fixed
-    q_aggregation: Literal["min", "mean"] = "min"  # over the critics, in the target and in the actor's loss
-    bootstrap_at_termination: bool = False  # bootstrap at terminations too, not only at truncations
     action_repeat: int = 1  # environment steps per agent step; rewards are summed
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation
@@ -91,20 +74,18 @@ class Args:
     evaluate: str | None = None  # runs/NAME: evaluate its policy and exit
     capture_video: bool = False  # mp4 of an evaluation's first episode (needs moviepy; headless: libegl1)
     track: bool = False  # log to Weights & Biases too (needs wandb)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: from 20 000 updates on, if it works here
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: from 20 000 updates on, where there is g++
 
 
 def check(ok: bool, message: str, code: int = 2) -> None:
     """Unless ok, end with one line. Code 2: a wrong argument, environment or checkpoint; 1: a run that went wrong."""
     if not ok:
-        print(f"{SCRIPT}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(code)
 
 
 class ActionRepeat(gym.Wrapper):
     """Plays each action `n` times, sums the rewards, stops at an episode's end."""
-
-    n = 1
 
     def step(self, action):
         total = 0.0
@@ -119,18 +100,15 @@ class ActionRepeat(gym.Wrapper):
 def make_env(args: Args, **kwargs) -> gym.Env:
     """An environment with float32 vector observations and actions in [-1, 1]; an unsuitable one ends with code 2."""
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
-    if kwargs and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # headless
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env_id, **kwargs))
     except Exception as e:  # gymnasium's own messages name near matches and missing packages
         check(False, f"--env-id {args.env_id}: {e}")
-    box, spaces, actions = gym.spaces.Box, env.observation_space, env.action_space
-    spaces = spaces.values() if isinstance(spaces, gym.spaces.Dict) else [spaces]
-    ok = isinstance(actions, box) and len(actions.shape) == 1 and actions.is_bounded()
-    check(ok, f"--env-id {args.env_id} has the actions {actions}; a bounded one-dimensional Box is needed")
-    ok = all(isinstance(space, box) and len(space.shape) < 3 for space in spaces)
-    check(ok, f"--env-id {args.env_id} has the observations {env.observation_space}; vectors are needed, no images")
+    actions, obs, Box = env.action_space, env.observation_space, gym.spaces.Box
+    vectors = obs.values() if isinstance(obs, gym.spaces.Dict) else [obs]
+    ok = isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1 and actions.dtype.kind == "f"
+    ok = ok and all(isinstance(space, Box) and len(space.shape) < 3 for space in vectors)
+    check(ok, f"--env-id {args.env_id}: {actions} and {obs}; needed: a bounded Box of floats, and vectors, no images")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     env = ActionRepeat(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))  # only env.step leaves [-1, 1]
     env.n = args.action_repeat
@@ -145,18 +123,15 @@ def reset_seed(*key: int) -> int:
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the batch dimension of x [..., B, F].
 
-    In training mode x_hat = (x - mean_B) / std_B * r + d, with r = std_B / std_running and
-    d = (mean_B - mean_running) / std_running, clipped and without gradient: the value is that of
-    inference, the gradient that of batch norm. The first `warmup` training forwards are plain
-    batch norm (r = 1, d = 0); inf never leaves it. In eval mode the running statistics normalise.
-    `shape` ends in (1, F); a leading dimension gives each critic of an ensemble its own statistics.
+    In training, x_hat = (x - mean_B) / std_B * r + d with r = std_B / std_running, d = (mean_B - mean_running) /
+    std_running, clipped and constant to autograd: the value of inference, the gradient of batch norm. In the first
+    `warmup` forwards r = 1 and d = 0: batch norm. `shape` is (1, F), or (N, 1, F) for an ensemble.
     """
 
     def __init__(self, shape, momentum=0.99, warmup=100_000, eps=1e-3, r_max=3.0, d_max=5.0):
         super().__init__()
         self.momentum, self.warmup, self.eps, self.r_max, self.d_max = momentum, warmup, eps, r_max, d_max
-        self.scale = nn.Parameter(torch.ones(shape))
-        self.bias = nn.Parameter(torch.zeros(shape))
+        self.scale, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
         self.register_buffer("running_mean", torch.zeros(shape))
         self.register_buffer("running_var", torch.ones(shape))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training forwards so far
@@ -172,72 +147,31 @@ class BatchRenorm(nn.Module):
         with torch.no_grad():
             running_std = (self.running_var + self.eps).sqrt()
             warm = (self.steps >= self.warmup).float()  # 0 or 1: an `if` would make the host wait for the device
-            r = 1 + warm * ((std / running_std).clamp(1 / self.r_max, self.r_max) - 1)
-            d = warm * ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
-            self.r, self.d = r, d  # for diagnostics from outside
-            self.running_mean.lerp_(mean.detach(), 1 - self.momentum)  # only now: r and d use the old ones
-            self.running_var.lerp_(var.detach(), 1 - self.momentum)
+            self.r = 1 + warm * ((std / running_std).clamp(1 / self.r_max, self.r_max) - 1)
+            self.d = warm * ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
+            self.running_mean.lerp_(mean, 1 - self.momentum)  # only now: r and d use the old ones
+            self.running_var.lerp_(var, 1 - self.momentum)
             self.steps += 1
-        return (centred * (r / std) + d) * self.scale + self.bias
-
-
-class Dense(nn.Module):
-    """x [..., n_in] -> [..., n_out], or with ensemble=(N,): x [B, n_in] or [N, B, n_in] -> [N, B, n_out]."""
-
-    def __init__(self, n_in: int, n_out: int, ensemble: tuple = ()):
-        super().__init__()
-        std = n_in**-0.5 / 0.87962566103423978  # LeCun normal: the default of flax, so of the official code
-        self.weight = nn.Parameter(torch.empty(*ensemble, n_in, n_out))
-        self.bias = nn.Parameter(torch.zeros(*ensemble, 1, n_out))
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight + self.bias
+        return (centred * (self.r / std) + self.d) * self.scale + self.bias
 
 
 class MLP(nn.Module):
-    """Norm -> (Dense -> activation -> norm) x 2 -> Dense. Layer norm instead stands before the activations only."""
+    """Norm -> (x W + b -> ReLU -> norm) x 2 -> x W + b: [B, n_in] -> [B, n_out]; ensemble=(N,): [N, B, n_out]."""
 
-    def __init__(self, n_in, width, n_out, norm, activation, args, ensemble=()):
+    def __init__(self, n_in: int, width: int, n_out: int, args: Args, ensemble: tuple = ()):
         super().__init__()
-        hidden = width // 2 if activation == "glu" else width
-        act, warmup = ACTIVATIONS[activation], args.brn_warmup if norm == "brn" else math.inf
-        self.activation = (lambda x: act(F.layer_norm(x, x.shape[-1:]))) if norm == "ln" else act
-        self.dense = nn.ModuleList(Dense(n, width, ensemble) for n in (n_in, hidden))
-        self.head = Dense(hidden, n_out, ensemble)
-        self.norms = nn.ModuleList(
-            BatchRenorm((*ensemble, 1, n), args.bn_momentum, warmup) if norm in ("brn", "bn") else nn.Identity()
-            for n in (n_in, hidden, hidden)
-        )
+        sizes = (n_in, width, width, n_out)
+        self.norms = nn.ModuleList(BatchRenorm((*ensemble, 1, n), args.bn_momentum, args.brn_warmup) for n in sizes[:3])
+        self.weights = nn.ParameterList(torch.empty(*ensemble, n, m) for n, m in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.zeros(*ensemble, 1, m) for m in sizes[1:])
+        for weight in self.weights:  # LeCun normal: the default of flax, so of the official code
+            std = weight.shape[-2] ** -0.5 / 0.87962566103423978
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norms[0](x)
-        for dense, norm in zip(self.dense, self.norms[1:]):
-            x = norm(self.activation(dense(x)))
-        return self.head(x)
-
-
-class Critic(MLP):
-    """An ensemble of Q-functions: obs [B, O], action [B, A] -> Q [n_critics, B]."""
-
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return super().forward(torch.cat([obs, action], -1)).squeeze(-1)
-
-
-class Actor(MLP):
-    """A tanh-squashed Gaussian in [-1, 1]: obs [B, O] -> mean and log_std before the squashing, [B, A] each."""
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_std = super().forward(obs).chunk(2, -1)
-        return mean, log_std.clamp(-20, 2)
-
-    def sample(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """obs [B, O] and standard normal noise [B, A] -> action [B, A] and its log-probability [B]."""
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without overflow
-        return u.tanh(), log_prob.sum(-1)
+        x = self.norms[0](x) @ self.weights[0] + self.biases[0]
+        x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
+        return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
 
 
 class ReplayBuffer:
@@ -245,12 +179,14 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = [obs_dim, action_dim, 1, 1, obs_dim]
+        needed, pages = 4 * capacity * sum(self.widths), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else pages
+        check(needed <= memory, f"--buffer-size {capacity:,} needs {needed:,} bytes of memory, there are {memory:,}")
         self.rows = torch.empty(capacity, sum(self.widths), device=device)  # on a CPU, memory is taken when written
         self.position, self.size = 0, 0
 
     def add(self, obs, action, reward: float, done: bool, next_obs) -> None:
-        row = np.concatenate([obs, action, [reward, done], next_obs], dtype=np.float32)
-        self.rows[self.position] = torch.from_numpy(row)
+        self.rows[self.position] = torch.from_numpy(np.hstack([obs, action, reward, done, next_obs], dtype=np.float32))
         self.position = (self.position + 1) % len(self.rows)
         self.size = min(self.size + 1, len(self.rows))
 
@@ -262,306 +198,252 @@ class ReplayBuffer:
 
 
 class Agent(nn.Module):
-    """Networks, optimisers and the two updates. Every method sets the modes (train, eval) that its forwards need."""
+    """CrossQ: networks, optimisers and the two updates. The mode, train or eval, stands beside every forward."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.args, self.target_entropy, self.n_updates = args, -float(action_dim), 0
-        n_in, ensemble = obs_dim + action_dim, (args.n_critics,)
-        self.critic = Critic(n_in, args.critic_width, 1, args.critic_norm, args.activation, args, ensemble)
-        self.actor = Actor(obs_dim, args.actor_width, 2 * action_dim, args.actor_norm, "relu", args)
+        self.critic = MLP(obs_dim + action_dim, args.critic_width, 1, args, ensemble=(args.n_critics,))
+        self.actor = MLP(obs_dim, args.actor_width, 2 * action_dim, args)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
-        self.critic_parameters, self.actor_parameters = list(self.critic.parameters()), list(self.actor.parameters())
         betas = (args.adam_beta1, 0.999)
-        self.critic_opt = torch.optim.Adam(self.critic_parameters, args.critic_lr, betas, fused=True)
-        self.actor_opt = torch.optim.Adam(self.actor_parameters, args.actor_lr, betas, fused=True)
-        self.alpha_opt = torch.optim.Adam([self.log_alpha], args.alpha_lr, fused=True)
-        self.optimizers = self.critic_opt, self.actor_opt, self.alpha_opt
-        if args.compile == "on":
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=True)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.actor_lr, betas, fused=True)
+        self.actor_opt.add_param_group({"params": [self.log_alpha], "lr": args.alpha_lr, "betas": (0.9, 0.999)})
+        if args.compile != "off":
             torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
-            self.critic_gradients = torch.compile(self.critic_gradients, fullgraph=True)
-            self.actor_gradients = torch.compile(self.actor_gradients, fullgraph=True)
+            self.gradients = torch.compile(self.gradients, fullgraph=True)
 
-    def aggregate(self, q: torch.Tensor) -> torch.Tensor:
-        return q.min(0).values if self.args.q_aggregation == "min" else q.mean(0)  # [n_critics, B] -> [B]
+    def policy(self, obs, noise):
+        """The tanh-squashed Gaussian: obs [B, O], standard normal noise [B, A] -> action [B, A], its log-prob [B]."""
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        log_std = log_std.clamp(-20, 2)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), stable
+        return u.tanh(), log_prob.sum(-1)
 
-    def critic_gradients(self, obs, action, reward, done, next_obs, noise):
+    def critic_loss(self, obs, action, reward, done, next_obs, noise):
         with torch.no_grad():
-            next_action, next_log_prob = self.actor.sample(next_obs, noise)  # actor in eval mode
+            self.actor.eval()
+            next_action, next_log_prob = self.policy(next_obs, noise)
         # CrossQ: ONE forward of the critic, in training mode, on both halves together; no target network.
-        q = self.critic(torch.cat([obs, next_obs]), torch.cat([action, next_action]))  # [n_critics, 2B]
-        q, next_q = q.chunk(2, -1)  # [n_critics, B] each
-        next_value = self.aggregate(next_q) - self.log_alpha.exp() * next_log_prob
+        self.critic.train()
+        pairs = torch.cat([torch.cat([obs, action], -1), torch.cat([next_obs, next_action], -1)])  # [2B, O + A]
+        q, next_q = self.critic(pairs).squeeze(-1).chunk(2, -1)  # [n_critics, B] each
+        next_value = next_q.min(0).values - self.log_alpha.exp() * next_log_prob
         target = (reward + self.args.gamma * (1 - done) * next_value).detach()  # [B]
         loss = 0.5 * (q - target).square().mean(-1).sum()
-        gradients = torch.autograd.grad(loss, self.critic_parameters)
-        return {"critic_loss": loss.detach(), "q_mean": q.detach().mean()}, gradients
+        return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
-    def actor_gradients(self, obs, noise):
-        alpha = self.log_alpha.exp()
-        action, log_prob = self.actor.sample(obs, noise)  # actor in training mode
-        q = self.aggregate(self.critic(obs, action))  # [B], critic in eval mode
-        entropy = -log_prob.mean()
+    def actor_loss(self, obs, noise):
+        self.actor.train()
+        action, log_prob = self.policy(obs, noise)
+        self.critic.eval()
+        q = self.critic(torch.cat([obs, action], -1)).squeeze(-1).min(0).values  # [B]
+        alpha, entropy = self.log_alpha.exp(), -log_prob.mean()
         actor_loss = (alpha.detach() * log_prob - q).mean()
         alpha_loss = alpha * (entropy.detach() - self.target_entropy)
-        # Gradients of the actor and the temperature only: the critic is frozen here.
-        gradients = torch.autograd.grad(actor_loss + alpha_loss, [*self.actor_parameters, self.log_alpha])
-        info = {"actor_loss": actor_loss, "alpha_loss": alpha_loss, "entropy": entropy, "alpha": alpha}
-        return {k: v.detach() for k, v in info.items()}, gradients
+        info = {"losses/actor": actor_loss, "diagnostics/alpha": alpha, "diagnostics/entropy": entropy}
+        return actor_loss + alpha_loss, info
 
-    def update_critic(self, obs, action, reward, done, next_obs, noise) -> dict:
-        """One gradient step on a batch (shapes: see `ReplayBuffer.sample`); noise [B, A] draws a'. Returns scalars."""
-        self.actor.eval()
-        self.critic.train()
-        info, gradients = self.critic_gradients(obs, action, reward, done, next_obs, noise)
-        self.step_optimizer(self.critic_opt, gradients)
-        self.n_updates += 1
-        return info
+    def gradients(self, loss, parameters, *batch):
+        value, info = loss(*batch)
+        return {k: v.detach() for k, v in info.items()}, torch.autograd.grad(value, parameters)
 
-    def update_actor(self, obs, noise) -> dict:
-        """One gradient step of the actor on obs [B, O], and one of the temperature. Returns scalars."""
-        self.actor.train()
-        self.critic.eval()
-        info, (*gradients, alpha_gradient) = self.actor_gradients(obs, noise)
-        self.step_optimizer(self.actor_opt, gradients)
-        if self.args.autotune:
-            self.step_optimizer(self.alpha_opt, [alpha_gradient])
+    def descend(self, optimizer: torch.optim.Optimizer, loss, *batch) -> dict:
+        """One step of the optimizer's own parameters, and of no others, on loss(*batch). Returns scalars."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        info, gradients = self.gradients(loss, parameters, *batch)
+        for p, g in zip(parameters, gradients):
+            p.grad = g
+        optimizer.step()
         return info
 
     def update(self, batch, rng: torch.Generator) -> dict:
         """A critic update and, with every `policy_delay`-th one, an actor update on the same batch. Returns scalars."""
-        info = self.update_critic(*batch, torch.randn(batch[1].shape, generator=rng, device=rng.device))
+        info = self.descend(self.critic_opt, self.critic_loss, *batch, torch.randn_like(batch[1], generator=rng))
+        self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
-            info |= self.update_actor(batch[0], torch.randn(batch[1].shape, generator=rng, device=rng.device))
+            info |= self.descend(self.actor_opt, self.actor_loss, batch[0], torch.randn_like(batch[1], generator=rng))
         return info
 
-    @staticmethod
-    def step_optimizer(optimizer: torch.optim.Optimizer, gradients) -> None:
-        for p, g in zip(optimizer.param_groups[0]["params"], gradients):
-            p.grad = g
-        optimizer.step()
-
     @torch.inference_mode()
-    def act(self, obs: np.ndarray, noise: torch.Tensor | float = 0.0) -> np.ndarray:
-        """obs [O] -> action [A] in [-1, 1]; noise [A] is standard normal, without it the policy is deterministic."""
+    def act(self, obs: np.ndarray, noise: torch.Tensor) -> np.ndarray:
+        """obs [O] -> action [A] in [-1, 1]; noise [A] is standard normal, or zero for the deterministic policy."""
         self.actor.eval()
-        mean, log_std = self.actor(torch.from_numpy(obs).to(self.log_alpha.device)[None])
-        return (mean + log_std.exp() * noise).tanh()[0].cpu().numpy()
+        action, _ = self.policy(torch.from_numpy(obs).to(noise.device)[None], noise)
+        return action[0].cpu().numpy()
 
 
 def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
     """Deterministic episodes, as rows of evaluations.csv: step, episode, return, length, success (if there is one)."""
-    rows, args = [], agent.args
+    rows, args, zero = [], agent.args, torch.zeros(env.action_space.shape, device=next(agent.parameters()).device)
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=reset_seed(args.seed, step, episode))
-        total, length, success, over = 0.0, 0, "", False
-        while not over:
-            obs, reward, terminated, truncated, info = env.step(agent.act(obs))
-            total, length, over = total + float(reward), length + args.action_repeat, terminated or truncated
+        success, terminated, truncated = "", False, False
+        while not (terminated or truncated):
+            obs, reward, terminated, truncated, info = env.step(agent.act(obs, zero))
+            check(math.isfinite(reward), f"the environment returned the reward {reward} in evaluation at {step}", 1)
             for key in {"solved", "is_success", "success"} & info.keys():
                 success = max(success or 0, int(info[key]))  # success at any time counts
-        rows.append((step, episode, total, length, success))
+        rows.append((step, episode, float(info["episode"]["r"]), int(info["episode"]["l"]), success))
     return rows
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
-    """The arguments, checked, and with --resume or --evaluate the checkpoint that they extend."""
-
-    def parse(default: Args) -> Args:
-        message = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(message):
-                return tyro.cli(Args, args=argv, default=default)
-        except SystemExit as e:
-            check(not e.code, re.sub("[─│╭╮╰╯]+", " ", message.getvalue()))  # tyro draws a box
-            raise
-
-    args, checkpoint = parse(Args()), None
+def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
+    """The arguments, checked, and the checkpoint of --resume or --evaluate, otherwise {}."""
+    args, checkpoint = tyro.cli(Args, args=argv), {}
     if run_dir := args.resume or args.evaluate:
         try:
             checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
-            check(checkpoint["script"] == SCRIPT, f"{run_dir} is a run of {checkpoint['script']}, not of {SCRIPT}")
+            check(checkpoint["script"] == SCRIPT.name, f"{run_dir} is a run of {checkpoint['script']}")
             stored = Args(**checkpoint["args"] | {"resume": args.resume, "evaluate": args.evaluate})
         except Exception as e:  # torch.load raises many kinds
-            check(False, f"{run_dir} has no whole checkpoint.pt of {SCRIPT}; it was left as it is ({e!r:.200})")
-        args = parse(stored)
-        for name, old in vars(stored).items():
-            new = getattr(args, name)
-            ok = new == old or name in MAY_CHANGE or name == "total_timesteps" and new > old
-            check(ok, f"--{name.replace('_', '-')} is {old} in {run_dir} and cannot become {new} there")
+            check(False, f"{run_dir} has no whole checkpoint.pt of {SCRIPT.name}; it was left as it is ({e!r:.200})")
+        args = tyro.cli(Args, args=argv, default=stored)
+        changed = [name for name, old in vars(stored).items() if getattr(args, name) != old and name not in MAY_CHANGE]
+        ok = not changed and args.total_timesteps >= stored.total_timesteps
+        check(ok, f"{changed or 'total_timesteps'} of {run_dir} cannot change so; can: {MAY_CHANGE}, the first upwards")
     for name, value in vars(args).items():
-        share = name in ("gamma", "bn_momentum", "adam_beta1")
-        low = 0 if share or name in ("seed", "brn_warmup", "learning_starts") else 1 if type(value) is int else 1e-12
-        ok = type(value) not in (int, float) or low <= value <= (1 if share else 1e15)
-        check(ok, f"--{name.replace('_', '-')} must lie between {low} and {1 if share else 1e15:g}, not be {value}")
-    check(args.adam_beta1 < 1, "--adam-beta1 must be below 1")
+        high = {"gamma": 1, "bn_momentum": 1, "tau": 1, "adam_beta1": 0.999}.get(name, 1e15)
+        zero = high <= 1 or "noise" in name or name in ("seed", "brn_warmup", "learning_starts", "alpha_lr")
+        ok = type(value) not in (int, float) or (0 if zero else 1e-12) <= value <= high
+        check(ok, f"--{name.replace('_', '-')} is {value}; it must lie between 0 {'(included) ' * zero}and {high:g}")
     check(args.buffer_size >= args.batch_size, f"--buffer-size must be at least --batch-size, {args.batch_size}")
-    ok = args.device != "cuda" or torch.cuda.is_available()
-    check(ok, "--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
-    if args.compile == "auto":
-        long_enough = args.total_timesteps * args.utd >= 20_000 * args.action_repeat
-        args.compile = "on" if long_enough and (shutil.which("g++") or shutil.which("clang++")) else "off"
+    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none; use --device cpu or auto")
+    if args.compile == "auto" and (args.total_timesteps * args.utd < 20_000 or not shutil.which("g++")):
+        args.compile = "off"
     return args, checkpoint
 
 
-def train(args: Args, checkpoint: dict | None) -> int:
+def train(args: Args, checkpoint: dict) -> int:
     """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + the signal that ended the run."""
-    for wanted, package in ((args.track, "wandb"), (args.capture_video, "moviepy")):
-        if wanted:
-            importlib.import_module(package)
     env, eval_env = make_env(args), make_env(args, **{"render_mode": "rgb_array"} if args.capture_video else {})
     obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    memory = torch.cuda.mem_get_info()[1] if cuda else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = args.buffer_size * 4 * (2 * obs_dim + action_dim + 2)
-    check(needed <= memory, f"--buffer-size {args.buffer_size} needs {needed:,} bytes; {name} has {memory:,}")
-    run_name = args.run_name or f"{args.env_id}__{SCRIPT[:-3]}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.evaluate or Path("runs") / re.sub(r"[/\\:]", "_", run_name))
-    new = checkpoint is not None or not (run_dir / "checkpoint.pt").exists()
-    check(new, f"{run_dir} already holds a run: go on with --resume {run_dir}, or choose another --run-name")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     rng = torch.Generator(device).manual_seed(args.seed)  # all randomness from here on, but the environment's
-    agent_step, episode, episode_return, actions, evaluations = 0, 0, 0.0, [], []
+    agent_step, episode, actions, evaluations = checkpoint.get("loop", (0, 0, [], []))
+    step = agent_step * repeat
+    run_name = args.run_name or f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.evaluate or Path("runs") / re.sub(r"[/\\:]|^\.+$", "_", run_name))
+    new = not any((run_dir / file).exists() for file in ("checkpoint.pt", "evaluations.csv"))
+    check(new or checkpoint, f"{run_dir} already holds a run: --resume {run_dir}, or choose another --run-name")
+    if args.capture_video:
+        eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/videos/{step}", lambda i: i % args.eval_episodes == 0)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        agent_step, episode, evaluations = (checkpoint[key] for key in ("agent_step", "episode", "evaluations"))
-        agent.n_updates = max(0, agent_step - args.learning_starts) * args.utd
-    if args.capture_video:
-        names = {"name_prefix": f"{'evaluate' if args.evaluate else 'train'}-from-{agent_step * repeat}"}
-        names["episode_trigger"] = lambda i: i % args.eval_episodes == 0
-        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), **names)
+        agent.critic_opt.load_state_dict(checkpoint["critic_opt"])
+        agent.actor_opt.load_state_dict(checkpoint["actor_opt"])
     if args.evaluate:
-        _, _, returns, _, successes = zip(*evaluate(agent, eval_env, agent_step * repeat))
+        _, _, returns, _, successes = zip(*evaluate(agent, eval_env, step))
         success = "" if "" in successes else f", success {np.mean(successes):.2f}"
-        print(f"{run_dir} at step {agent_step * repeat}: {np.mean(returns):.1f} ± {np.std(returns):.1f}{success}")
-        eval_env.close()
-        return 0
-
+        print(f"{run_dir} at step {step}: {np.mean(returns):.1f} ± {np.std(returns):.1f}{success}")
+        return eval_env.close() or 0
     obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
     if checkpoint:
         buffer.size, buffer.position = len(checkpoint["rows"]), checkpoint["position"]
-        buffer.rows[: buffer.size] = checkpoint.pop("rows")  # not kept twice
+        buffer.rows[: buffer.size] = checkpoint.pop("rows")
         if checkpoint["rng"].shape == rng.get_state().shape:  # another kind of device has another generator
             rng.set_state(checkpoint["rng"])
-        actions = list(checkpoint["actions"].numpy())
         for action in actions:  # play the open episode again, up to where it was
-            obs, reward, *_ = env.step(action)
-            episode_return += float(reward)
-        check(np.array_equal(obs, checkpoint["obs"].numpy()), f"{args.env_id} is not deterministic: cannot resume", 1)
+            obs, *_ = env.step(np.float32(action))
+        check(obs.tolist() == checkpoint["obs"], f"{args.env_id} is not deterministic: it cannot be resumed", 1)
 
     def save() -> None:
-        state = {"script": SCRIPT, "args": vars(args), "agent": agent.state_dict(), "agent_step": agent_step}
-        state |= {"episode": episode, "evaluations": evaluations, "rng": rng.get_state(), "obs": torch.from_numpy(obs)}
-        state |= {"optimizers": [o.state_dict() for o in agent.optimizers], "position": buffer.position}
-        state["actions"] = torch.from_numpy(np.array(actions, np.float32))
-        state["rows"] = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # saving a slice would save it all
-        aside = run_dir / "checkpoint.tmp"
-        with open(aside, "wb") as file:
+        """After a kill or a power cut at any instant, checkpoint.pt is the old one or the new one, whole."""
+        state = {"script": SCRIPT.name, "args": vars(args), "agent": agent.state_dict(), "rng": rng.get_state()}
+        state |= {"critic_opt": agent.critic_opt.state_dict(), "actor_opt": agent.actor_opt.state_dict()}
+        state |= {"loop": (agent_step, episode, actions, evaluations), "obs": obs.tolist()}
+        state |= {"rows": buffer.rows[: buffer.size].cpu().clone(), "position": buffer.position}  # uncloned: all rows
+        with open(run_dir / "checkpoint.tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, run_dir / "checkpoint.pt")  # after a kill or a power cut: the old one or the new one, whole
+        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
-    stop = []  # the signals that came
+    if args.track:
+        wandb = importlib.import_module("wandb")
+        wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save()
+    commit = subprocess.getoutput(f"git -C '{SCRIPT.parent}' rev-parse HEAD")
+    about = {"args": vars(args), "device": hardware, "git": commit}
+    about |= {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    (run_dir / "args.json").write_text(json.dumps(about, indent=2))
+    table = csv.writer(open(run_dir / "evaluations.csv", "w", buffering=1, newline=""))  # flushed at each row's end
+    table.writerows([("step", "episode", "return", "length", "success"), *evaluations])
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    sizes = [f"{sum(p.numel() for p in net.parameters()):,}" for net in (agent.actor, agent.critic)]
+    advice = "; slow on a CPU, try --critic-width 256" if device.type == "cpu" and args.critic_width > 512 else ""
+    print(f"{run_dir}: {args.env_id} on {hardware}; parameters: actor {sizes[0]}, critic {sizes[1]}{advice}")
+    progress = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+    stop, info, first_step, start = [], {}, step, time.perf_counter()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: stop.append(number))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not checkpoint:
-        save()
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    about = {"args": vars(args), "git": revision, "device": name, "python": sys.version}
-    about |= {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)}
-    (run_dir / "args.json").write_text(json.dumps(about, indent=2))
-    table = open(run_dir / "evaluations.csv", "w", buffering=1, newline="")  # flushed at each row's end
-    rows_to = csv.writer(table, lineterminator="\n")
-    rows_to.writerows([("step", "episode", "return", "length", "success"), *evaluations])
-    if args.track:
-        import wandb
-
-        wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=agent_step * repeat)
-    info, n_timed, first_step, start = {}, 0, agent_step * repeat, time.perf_counter()
-    sizes = [sum(p.numel() for p in ps) for ps in (agent.actor_parameters, agent.critic_parameters)]
-    print(
-        f"{run_dir}: {args.env_id} on {name}; actor {sizes[0]:,} and critic {sizes[1]:,} parameters; replay buffer ",
-        end="",
-    )
-    print(f"up to {needed / 1e6:,.0f} MB")
-    if device.type == "cpu" and args.critic_width > 512:
-        print("A critic this wide is slow on a CPU: --critic-width 256 is many times faster")
-    progress = tqdm(total=args.total_timesteps, initial=agent_step * repeat, unit="step", disable=None)
-
-    while (step := agent_step * repeat) < args.total_timesteps and not stop:
+    while step < args.total_timesteps and not stop:
         # ALGO LOGIC: one agent step, then `utd` updates
         if agent_step < args.learning_starts:
             action = torch.rand(action_dim, generator=rng, device=device).cpu().numpy() * 2 - 1
         else:
             action = agent.act(obs, torch.randn(action_dim, generator=rng, device=device))
-        next_obs, reward, terminated, truncated, _ = env.step(action)
+        next_obs, reward, terminated, truncated, episode_info = env.step(action)
         agent_step, step = agent_step + 1, step + repeat
-        finite = np.isfinite(next_obs).all() and np.isfinite(reward)
-        check(finite, f"the environment returned NaN or infinity at step {step}: {next_obs}, reward {reward}", 1)
-        buffer.add(obs, action, reward, terminated and not args.bootstrap_at_termination, next_obs)
-        actions.append(action)
-        obs, episode_return = next_obs, episode_return + float(reward)
+        ok = np.isfinite(next_obs).all() and np.isfinite(np.float32(reward))
+        check(ok, f"the environment returned NaN or infinity at step {step}: {next_obs}, reward {reward}", 1)
+        buffer.add(obs, action, reward, terminated, next_obs)
+        actions.append(action.tolist())
+        obs = next_obs
         if terminated or truncated:
-            writer.add_scalar("charts/episodic_return", episode_return, step)
-            episode, episode_return, actions = episode + 1, 0.0, []
+            writer.add_scalar("charts/episodic_return", episode_info["episode"]["r"], step)
+            episode, actions = episode + 1, []
             obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
         if agent_step > args.learning_starts:
             for _ in range(args.utd):
                 info |= agent.update(buffer.sample(args.batch_size, rng), rng)
-            bad = [key for key, value in info.items() if not math.isfinite(value.item())]
-            check(not bad, f"{bad} became NaN or infinite at step {step}; the last checkpoint is from before that", 1)
-            n_timed += 1
-            if n_timed == 10:  # both updates are compiled by now
-                first_step, start = step, time.perf_counter()
-            speed = (step - first_step) / (time.perf_counter() - start)
-            if n_timed == 70:
-                minutes = (args.total_timesteps - step) / speed / 60
-                progress.write(f"{speed:.0f} steps/s: about {minutes:.0f} minutes to go, evaluations not counted")
-            if agent_step % LOG_EVERY == 0:
-                gradients = [p.grad for p in agent.critic_parameters]
-                norms = [torch.nn.utils.get_total_norm(x).item() for x in (agent.critic_parameters, gradients)]
-                values = {f"losses/{key}": value for key, value in info.items()} | {"charts/SPS": speed}
-                values |= {"diagnostics/critic_weight_norm": norms[0], "diagnostics/critic_gradient_norm": norms[1]}
-                values["diagnostics/critic_effective_lr"] = norms[1] / norms[0]  # CrossQ + WN, section 4
-                for key, value in values.items():
-                    writer.add_scalar(key, value, step)
+            check(all(map(math.isfinite, info.values())), f"NaN or infinity in a loss at step {step}: {info}", 1)
+        if info and agent_step % 1000 == 0:
+            for key, value in info.items():
+                writer.add_scalar(key, value, step)
         if step % args.eval_every < repeat:
             rows = evaluate(agent, eval_env, step)
             evaluations += rows
-            rows_to.writerows(rows)
+            table.writerows(rows)
             mean = float(np.mean([row[2] for row in rows]))
+            speed = (step - first_step) / (time.perf_counter() - start)
             writer.add_scalar("eval/return", mean, step)
-            progress.write(f"step {step:,}: evaluation return {mean:,.1f}")
+            writer.add_scalar("charts/SPS", speed, step)
+            progress.write(f"step {step:,}: evaluation return {mean:,.1f}; so far {speed:.0f} steps/s")
         progress.update(repeat)
-        if step % args.checkpoint_every < repeat or stop or step >= args.total_timesteps:
+        if step % args.checkpoint_every < repeat:
             save()
-    progress.close()
+    save()
     writer.close()
     if stop:
-        print(f"stopped at step {step}; go on with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
+        progress.write(f"stopped at step {step}; go on with: python {SCRIPT.name} --resume {run_dir}", file=sys.stderr)
     return 128 + stop[0] if stop else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     gym.logger.min_level = gym.logger.ERROR  # no advice to use -v5: the papers use -v4
     try:
-        return train(*parse_args(argv))
-    except ImportError as e:
-        check(False, f"{e}; this needs: pip install {e.name}")
-    except (PermissionError, FileExistsError, NotADirectoryError) as e:  # of the run's folder
-        check(False, f"{e}; choose another current directory or --run-name")
-    except OSError as e:  # a full disk, say
-        check(False, f"{e}; the last checkpoint is whole", 1)
+        with contextlib.redirect_stderr(io.StringIO()) as box:
+            args, checkpoint = parse_args(argv)
+    except SystemExit as e:  # tyro's errors come in a box
+        check(not e.code, re.sub(f"[─│╭╮╰╯]+|{SCRIPT.name}: error:", " ", box.getvalue()))
+        raise
+    try:
+        return train(args, checkpoint)
+    except (ImportError, gym.error.DependencyNotInstalled) as e:
+        check(False, f"{e}; this needs: pip install {getattr(e, 'name', 'moviepy')}")
+    except (OSError, RuntimeError) as e:  # of the run's folder at the start, or later a full disk
+        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):
+            raise
+        check(False, str(e), 2 if isinstance(e, PermissionError | FileExistsError | NotADirectoryError) else 1)
 
 
 if __name__ == "__main__":
