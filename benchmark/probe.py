@@ -7,9 +7,9 @@ Everything after the script's name is the script's own command line. Each measur
 `probe.csv` in the run's folder, with the columns step, quantity, value (after a resume, a step's last row counts):
 
 q_bias/mean, q_bias/std        of (Q - G) / |mean G| over at least 1000 pairs (CrossQ, section 4.3)
-LAYER/weight_norm, grad_norm   L2 norms of a dense layer's weights and of their last gradient
-LAYER/effective_lr             gradient norm / weight norm (CrossQ + WN, section 4)
-LAYER/r_min, r_max, d_abs_max  batch renorm's corrections in its last training forward
+NET/K/weight_norm, grad_norm   L2 norms of dense layer K's weights and biases, and of their last gradient
+NET/K/effective_lr             gradient norm / weight norm (CrossQ + WN, section 4)
+NET/K/r_min, r_max, d_abs_max  corrections of batch renorm before layer K in its last training forward
 """
 
 import csv
@@ -27,26 +27,25 @@ PAIRS = 1000  # state-action pairs at least
 
 def q_bias(script, agent, env, step: int) -> dict[str, float]:
     """Normalised bias of Q(s_t, a_t) against the discounted soft Monte-Carlo return of the stochastic policy,
-    G_t = r_t + gamma (G_t+1 - alpha log pi(a_t+1 | s_t+1)).
+    G_t = r_t + gamma (G_t+1 - alpha log pi(a_t+1 | s_t+1)); without entropy for a deterministic policy (TD3).
 
     As in Chen et al. 2021 (REDQ), the last 65 % of an episode that a time limit cuts are left out: the returns that
     follow them are cut too.
     """
     agent.actor.eval()
     agent.critic.eval()
-    args, device = agent.args, agent.log_alpha.device
+    args, soft, device = agent.args, hasattr(agent, "policy"), next(agent.parameters()).device
     rng = torch.Generator(device).manual_seed(script.reset_seed(args.seed, step, -1 % 2**32))
-    alpha, all_q, all_g, episode = agent.log_alpha.exp().item(), [], [], 0
+    alpha, all_q, all_g, episode = agent.log_alpha.exp().item() if soft else 0.0, [], [], 0
     with torch.no_grad():
         while sum(map(len, all_g)) < PAIRS:
             obs, _ = env.reset(seed=script.reset_seed(args.seed, step, 1_000_000 + episode))
             q, rewards, log_probs, over, episode = [], [], [], False, episode + 1
             while not over:
                 obs = torch.from_numpy(obs).to(device)[None]
-                action, log_prob = agent.actor.sample(
-                    obs, torch.randn(1, *env.action_space.shape, generator=rng, device=device)
-                )
-                q.append(agent.aggregate(agent.critic(obs, action)).item())
+                noise = torch.randn(1, *env.action_space.shape, generator=rng, device=device)
+                action, log_prob = agent.policy(obs, noise) if soft else (agent.actor(obs).tanh(), torch.zeros(1))
+                q.append(agent.critic(torch.cat([obs, action], -1)).min().item())
                 obs, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
                 rewards.append(float(reward))
                 log_probs.append(log_prob.item())
@@ -68,34 +67,44 @@ def soft_returns(rewards, log_probs, gamma: float, alpha: float) -> np.ndarray:
     return g
 
 
-def layers(script, agent) -> dict[str, float]:
-    """Norms per dense layer (after at least one update), ranges of r and d per batch renorm layer."""
+def layers(agent) -> dict[str, float]:
+    """Norms per dense layer, bias included (after at least one update), ranges of r and d per batch renorm layer."""
     out = {}
-    for name, m in agent.named_modules():
-        if isinstance(m, script.Dense) and m.weight.grad is not None:
-            w, g = m.weight.detach().norm().item(), m.weight.grad.norm().item()
-            out |= {f"{name}/weight_norm": w, f"{name}/grad_norm": g, f"{name}/effective_lr": g / w}
-        elif isinstance(m, script.BatchRenorm) and hasattr(m, "r"):
-            out |= {f"{name}/r_min": m.r.min().item(), f"{name}/r_max": m.r.max().item()}
-            out[f"{name}/d_abs_max"] = m.d.abs().max().item()
+    for net in ("critic", "actor"):
+        mlp = getattr(agent, net)
+        for k, parameters in enumerate(zip(mlp.weights, mlp.biases)):
+            if parameters[0].grad is not None:
+                w = torch.nn.utils.get_total_norm([p.detach() for p in parameters]).item()
+                g = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
+                out |= {
+                    f"{net}/{k}/{key}": v for key, v in (("weight_norm", w), ("grad_norm", g), ("effective_lr", g / w))
+                }
+        for k, norm in enumerate(getattr(mlp, "norms", ())):
+            if hasattr(norm, "r"):
+                out |= {f"{net}/{k}/r_min": norm.r.min().item(), f"{net}/{k}/r_max": norm.r.max().item()}
+                out[f"{net}/{k}/d_abs_max"] = norm.d.abs().max().item()
     return out
 
 
-def main(argv: list[str]) -> int:
-    if not argv or not argv[0].endswith(".py"):
-        print(f"probe.py: error: the first argument must be a script, not {argv[:1]}\n{__doc__}", file=sys.stderr)
-        return 2
-    spec = importlib.util.spec_from_file_location(Path(argv[0]).stem, argv[0])
+def load(path: str):
+    """A script as a module; a name without a folder is looked for here, then at the repository's top level."""
+    path = Path(path) if Path(path).exists() else Path(__file__).resolve().parent.parent / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, script)  # where tyro looks for the comments that are the flags' help
     spec.loader.exec_module(script)
-    arguments = argv[1:]
+    return script
+
+
+def attach(script, arguments: list[str], name: str) -> list[str]:
+    """Makes the script's evaluations measure too; returns its arguments, with a run's name in them."""
     if not {"--run-name", "--resume", "--evaluate", "--help"} & set(arguments):
-        arguments += ["--run-name", f"{Path(argv[0]).stem}__probe__{int(time.time())}"]
+        arguments = [*arguments, "--run-name", f"{name}__probe__{int(time.time())}"]
     evaluate = script.evaluate
 
     def probed(agent, env, step):
         rows = evaluate(agent, env, step)
-        values = q_bias(script, agent, env, step) | layers(script, agent)
+        values = q_bias(script, agent, env, step) | layers(agent)
         run_dir = Path(agent.args.resume or agent.args.evaluate or Path("runs") / agent.args.run_name)
         with open(run_dir / "probe.csv", "a", newline="") as file:
             csv.writer(file).writerows((step, key, float(value)) for key, value in values.items())
@@ -103,7 +112,15 @@ def main(argv: list[str]) -> int:
         return rows
 
     script.evaluate = probed
-    return script.main(arguments)
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    if not argv or not argv[0].endswith(".py"):
+        print(f"probe.py: error: the first argument must be a script, not {argv[:1]}\n{__doc__}", file=sys.stderr)
+        return 2
+    script = load(argv[0])
+    return script.main(attach(script, argv[1:], Path(argv[0]).stem))
 
 
 if __name__ == "__main__":

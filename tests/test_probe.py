@@ -38,14 +38,14 @@ class ConstantQ:
     def eval(self):
         return self
 
-    def sample(self, obs, noise):
+    def parameters(self):
+        return iter([self.log_alpha])
+
+    def policy(self, obs, noise):
         return noise.clamp(-1, 1), torch.zeros(1)
 
-    def __call__(self, obs, action):
-        return torch.full((2, 1), self.value)
-
-    def aggregate(self, q):
-        return q.min(0).values
+    def __call__(self, pairs):
+        return torch.tensor([[self.value], [self.value + 1]])  # the smaller of two critics counts
 
 
 @pytest.mark.parametrize(("env_id", "kept"), [("tiny_envs:Terminated-v0", 10), ("tiny_envs:Truncated-v0", 4)])
@@ -74,10 +74,20 @@ def test_probe_does_not_change_the_run(tmp_path, monkeypatch, compile):
     plain, probed = (Path("runs", name, "evaluations.csv").read_text() for name in ("plain", "probed"))
     assert plain == probed
     rows = {(int(s), k): float(v) for s, k, v in csv.reader(open("runs/probed/probe.csv"))}
-    dense = "critic.dense.0"
-    assert rows[60, f"{dense}/effective_lr"] == pytest.approx(
-        rows[60, f"{dense}/grad_norm"] / rows[60, f"{dense}/weight_norm"]
+    assert rows[60, "critic/0/effective_lr"] == pytest.approx(
+        rows[60, "critic/0/grad_norm"] / rows[60, "critic/0/weight_norm"]
     )
-    assert 1 / 3 <= rows[60, "critic.norms.1/r_min"] < rows[60, "critic.norms.1/r_max"] <= 3  # 1 and 1 in the warm-up
-    assert rows[60, "critic.norms.1/d_abs_max"] > 0
+    assert 1 / 3 <= rows[60, "critic/1/r_min"] < rows[60, "critic/1/r_max"] <= 3  # 1 and 1 in the warm-up
+    assert rows[60, "critic/1/d_abs_max"] > 0
     assert (30, "q_bias/mean") in rows and (60, "q_bias/std") in rows
+
+
+@pytest.mark.parametrize("script", ["sac_baseline", "crossq_td3"])
+def test_probe_takes_every_script(tmp_path, monkeypatch, script):
+    monkeypatch.chdir(tmp_path)
+    flags = "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --total-timesteps 30"
+    arguments = f"{flags} --learning-starts 20 --eval-every 30 --eval-episodes 1 --device cpu --run-name a".split()
+    assert probe.main([f"{script}.py", *arguments]) == 0
+    rows = {k: float(v) for _, k, v in csv.reader(open("runs/a/probe.csv"))}
+    assert math.isfinite(rows["q_bias/mean"]) and rows["critic/2/weight_norm"] > 0
+    assert ("critic/1/r_min" in rows) == (script == "crossq_td3")

@@ -1,0 +1,134 @@
+"""The papers' ablations as further flags of a script: what would crowd it and teaches less than it costs.
+
+    python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --env-id Hopper-v4 --critic-width 256
+    python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live    # and target networks (figure 9)
+    python benchmark/ablate.py sac_baseline.py --tau 1 --activation tanh                # no target networks (figure 16)
+    python benchmark/ablate.py --probe crossq_sac.py --critic-norm none                 # and benchmark/probe.py as well
+
+Everything after the script's name is its own command line, with the flags of `Ablations` added: they are stored in the
+run as its own are. Such a run is resumed and evaluated through this program.
+"""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Literal
+
+import probe
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ACTIVATIONS = {  # the eight of figure 16
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "relu6": F.relu6,
+    "sin": torch.sin,
+    "elu": F.elu,
+    "glu": F.glu,  # halves the width
+    "relu-over-max": lambda x: F.relu(x) / (F.relu(x).amax((-2, -1), keepdim=True) + 1e-6),
+    "layernormed-relu": lambda x: F.layer_norm(F.relu(x), x.shape[-1:]),
+}
+Norm = Literal["default", "brn", "bn", "ln", "none"]
+
+
+@dataclasses.dataclass
+class Ablations:
+    critic_norm: Norm = "default"  # batch renorm, batch norm, layer norm before the activations (figures 8, 9, 13)
+    actor_norm: Norm = "default"  # the same for the actor
+    activation: Literal[tuple(ACTIVATIONS)] = "relu"  # of the critic (figure 16)
+    bootstrap_at_termination: bool = False  # bootstrap at terminations too, not only at truncations
+    bn_momentum: float = 0.99  # share of the old running statistics kept at an update (PyTorch counts 1 - this)
+    brn_warmup: int = 100_000  # training forwards of plain batch norm before batch renorm
+    target_stats: Literal["own", "live"] = "own"  # of a batch-normalised target network: averaged, or the critic's
+
+
+def ablate(script):
+    """Extends a loaded script by the flags of `Ablations` and by what they choose; returns it."""
+    BatchRenorm = getattr(script, "BatchRenorm", None) or probe.load("crossq_sac.py").BatchRenorm
+    default = "brn" if hasattr(script, "BatchRenorm") else "none"
+    script_mlp, script_agent, script_add = script.MLP, script.Agent, script.ReplayBuffer.add
+
+    @dataclasses.dataclass
+    class Args(script.Args, Ablations):
+        pass
+
+    class MLP(script_mlp):
+        def __init__(self, n_in, width, n_out, args, ensemble=()):
+            super().__init__(n_in, width, n_out, args, ensemble)
+            norm = args.critic_norm if ensemble else args.actor_norm  # only the critic is an ensemble
+            norm = default if norm == "default" else norm
+            self.layer_norm, self.activation = norm == "ln", ACTIVATIONS[args.activation if ensemble else "relu"]
+            if self.activation is F.glu:
+                script.check(width % 2 == 0, "--activation glu needs an even --critic-width")
+                width //= 2
+                for k in (1, 2):  # half the inputs: LeCun's normal is wider by the root of 2
+                    self.weights[k] = nn.Parameter(self.weights[k].detach()[..., :width, :] * 2**0.5)
+            warmup = args.brn_warmup if norm == "brn" else math.inf
+            self.norms = nn.ModuleList(
+                BatchRenorm((*ensemble, 1, n), args.bn_momentum, warmup) if norm in ("brn", "bn") else nn.Identity()
+                for n in (n_in, width, width)
+            )
+
+        def forward(self, x):
+            x = self.norms[0](x) @ self.weights[0] + self.biases[0]
+            for k in (1, 2):
+                x = F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x
+                x = self.norms[k](self.activation(x)) @ self.weights[k] + self.biases[k]
+            return x
+
+    class Agent(script_agent):
+        """Sets the modes where the script, SAC without any norm, need not; batch statistics of the target network."""
+
+        def critic_loss(self, *batch):
+            self.actor.eval()
+            self.target_critic.eval()
+            self.critic.train()
+            return super().critic_loss(*batch)
+
+        def actor_loss(self, *batch):
+            self.actor.train()
+            self.critic.eval()
+            return super().actor_loss(*batch)
+
+        def update(self, batch, rng):
+            info = super().update(batch, rng)
+            share = self.args.tau if self.args.target_stats == "own" else 1.0
+            for target, live in zip(self.target_critic.buffers(), self.critic.buffers()):
+                if live.is_floating_point():
+                    target.lerp_(live, share)
+            return info
+
+        def act(self, obs, noise):
+            self.actor.eval()
+            return super().act(obs, noise)
+
+    def add(self, obs, action, reward, done, next_obs):
+        script_add(self, obs, action, reward, done and not self.bootstrap_at_termination, next_obs)
+
+    script.Args, script.MLP, script.ReplayBuffer.add = Args, MLP, add
+    if default == "none":
+        script.Agent = Agent
+    train = script.train
+
+    def train_ablated(args, checkpoint):
+        script.ReplayBuffer.bootstrap_at_termination = args.bootstrap_at_termination
+        return train(args, checkpoint)
+
+    script.train = train_ablated
+    return script
+
+
+def main(argv: list[str]) -> int:
+    probed = "--probe" in argv
+    argv = [a for a in argv if a != "--probe"]
+    if not argv or not argv[0].endswith(".py"):
+        print(f"ablate.py: error: the first argument must be a script, not {argv[:1]}\n{__doc__}", file=sys.stderr)
+        return 2
+    script, arguments = ablate(probe.load(argv[0])), argv[1:]
+    return script.main(probe.attach(script, arguments, Path(argv[0]).stem) if probed else arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
