@@ -1,8 +1,7 @@
 """CrossQ on SAC, in one file (Bhatt et al., ICLR 2024, arXiv 1902.05605).
 
-SAC's target networks are deleted. In exchange the critic is batch-(re)normalised and sees (s, a) and (s', a') in ONE
-forward pass, so that both are normalised with statistics of the same mixture. With wider critics this matches REDQ and
-DroQ at an update-to-data ratio of 1 instead of 20.
+SAC without target networks. In exchange the critic is batch-renormalised, sees (s, a) and (s', a') in ONE forward pass,
+so with the statistics of their mixture, and is wider. That matches REDQ and DroQ at 1/20 of their gradient steps.
 
     python crossq_sac.py --env-id Walker2d-v4                            # the paper's setting
     python crossq_sac.py --env-id HalfCheetah-v4 --critic-width 256      # "CrossQ small", for a CPU
@@ -25,7 +24,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -100,14 +98,15 @@ class ActionRepeat(gym.Wrapper):
 def make_env(args: Args, **kwargs) -> gym.Env:
     """An environment with float32 vector observations and actions in [-1, 1]; an unsuitable one ends with code 2."""
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
+    if kwargs and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen too
     try:
         env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env_id, **kwargs))
     except Exception as e:  # gymnasium's own messages name near matches and missing packages
         check(False, f"--env-id {args.env_id}: {e}")
-    actions, obs, Box = env.action_space, env.observation_space, gym.spaces.Box
-    vectors = obs.values() if isinstance(obs, gym.spaces.Dict) else [obs]
+    actions, obs, Box, Dict = env.action_space, env.observation_space, gym.spaces.Box, gym.spaces.Dict
     ok = isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1 and actions.dtype.kind == "f"
-    ok = ok and all(isinstance(space, Box) and len(space.shape) < 3 for space in vectors)
+    ok &= all(isinstance(s, Box) and len(s.shape) < 3 for s in (obs.values() if isinstance(obs, Dict) else [obs]))
     check(ok, f"--env-id {args.env_id}: {actions} and {obs}; needed: a bounded Box of floats, and vectors, no images")
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     env = ActionRepeat(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))  # only env.step leaves [-1, 1]
@@ -334,6 +333,7 @@ def train(args: Args, checkpoint: dict) -> int:
     new = not any((run_dir / file).exists() for file in ("checkpoint.pt", "evaluations.csv"))
     check(new or checkpoint, f"{run_dir} already holds a run: --resume {run_dir}, or choose another --run-name")
     if args.capture_video:
+        importlib.import_module("moviepy")
         eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/videos/{step}", lambda i: i % args.eval_episodes == 0)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -371,7 +371,7 @@ def train(args: Args, checkpoint: dict) -> int:
         wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     save()
-    commit = subprocess.getoutput(f"git -C '{SCRIPT.parent}' rev-parse HEAD")
+    commit = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>&1").read().strip()
     about = {"args": vars(args), "device": hardware, "git": commit}
     about |= {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     (run_dir / "args.json").write_text(json.dumps(about, indent=2))
@@ -438,8 +438,8 @@ def main(argv: list[str] | None = None) -> int:
         raise
     try:
         return train(args, checkpoint)
-    except (ImportError, gym.error.DependencyNotInstalled) as e:
-        check(False, f"{e}; this needs: pip install {getattr(e, 'name', 'moviepy')}")
+    except ImportError as e:
+        check(False, f"{e}; this needs: pip install {e.name}")
     except (OSError, RuntimeError) as e:  # of the run's folder at the start, or later a full disk
         if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):
             raise
