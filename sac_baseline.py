@@ -102,17 +102,17 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     if kwargs and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen too
     try:
-        env = gym.wrappers.RecordEpisodeStatistics(gym.make(args.env_id, **kwargs))
+        env = gym.make({"dm_": "shimmy:", "myo": "myosuite:"}.get(args.env_id[:3], "") + args.env_id, **kwargs)
     except Exception as e:  # gymnasium's own messages name near matches and missing packages
-        check(False, f"--env-id {args.env_id}: {e}")
+        check(False, f"--env-id {args.env_id}: {e} (dm_control: pip install shimmy[dm-control]; myo: myosuite)")
     actions, obs, Box, Dict = env.action_space, env.observation_space, gym.spaces.Box, gym.spaces.Dict
     ok = isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1 and actions.dtype.kind == "f"
     ok &= all(isinstance(s, Box) and len(s.shape) < 3 for s in (obs.values() if isinstance(obs, Dict) else [obs]))
     check(ok, f"--env-id {args.env_id}: {actions} and {obs}; needed: a bounded Box of floats, and vectors, no images")
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    env = gym.wrappers.FlattenObservation(gym.wrappers.RecordEpisodeStatistics(env))
     env = ActionRepeat(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))  # only env.step leaves [-1, 1]
     env.n = args.action_repeat
-    return env
+    return gym.wrappers.DtypeObservation(env, np.float32)
 
 
 def reset_seed(*key: int) -> int:
@@ -245,7 +245,7 @@ def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
         success, terminated, truncated = "", False, False
         while not (terminated or truncated):
             obs, reward, terminated, truncated, info = env.step(agent.act(obs, zero))
-            check(math.isfinite(reward), f"the environment returned the reward {reward} in evaluation at {step}", 1)
+            check(np.isfinite([*obs, reward]).all(), f"in evaluation at step {step}: reward {reward}, obs {obs}", 1)
             for key in {"solved", "is_success", "success"} & info.keys():
                 success = max(success or 0, int(info[key]))  # success at any time counts
         rows.append((step, episode, float(info["episode"]["r"]), int(info["episode"]["l"]), success))
@@ -255,7 +255,7 @@ def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
 def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     """The arguments, checked, and the checkpoint of --resume or --evaluate, otherwise {}."""
     args, checkpoint = tyro.cli(Args, args=argv), {}
-    if run_dir := args.resume or args.evaluate:
+    if (run_dir := args.evaluate if args.resume is None else args.resume) is not None:
         try:
             checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
             check(checkpoint["script"] == SCRIPT.name, f"{run_dir} is a run of {checkpoint['script']}")
@@ -288,7 +288,7 @@ def train(args: Args, checkpoint: dict) -> int:
     agent = Agent(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
     rng = torch.Generator(device).manual_seed(args.seed)  # all randomness from here on, but the environment's
-    agent_step, episode, actions, evaluations = checkpoint.get("loop", (0, 0, [], []))
+    agent_step, episode, actions, evaluations, agent.n_updates = checkpoint.get("loop", (0, 0, [], [], 0))
     step = agent_step * repeat
     run_name = args.run_name or f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.evaluate or Path("runs") / re.sub(r"[/\\:]|^\.+$", "_", run_name))
@@ -320,7 +320,7 @@ def train(args: Args, checkpoint: dict) -> int:
         """After a kill or a power cut at any instant, checkpoint.pt is the old one or the new one, whole."""
         state = {"script": SCRIPT.name, "args": vars(args), "agent": agent.state_dict(), "rng": rng.get_state()}
         state |= {"critic_opt": agent.critic_opt.state_dict(), "actor_opt": agent.actor_opt.state_dict()}
-        state |= {"loop": (agent_step, episode, actions, evaluations), "obs": obs.tolist()}
+        state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "obs": obs.tolist()}
         state |= {"rows": buffer.rows[: buffer.size].cpu().clone(), "position": buffer.position}  # uncloned: all rows
         with open(run_dir / "checkpoint.tmp", "wb") as file:
             torch.save(state, file)
@@ -333,7 +333,7 @@ def train(args: Args, checkpoint: dict) -> int:
         wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     save()
-    commit = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>&1").read().strip()
+    commit = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>/dev/null").read().strip()
     about = {"args": vars(args), "device": hardware, "git": commit}
     about |= {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     (run_dir / "args.json").write_text(json.dumps(about, indent=2))
@@ -355,15 +355,15 @@ def train(args: Args, checkpoint: dict) -> int:
             action = agent.act(obs, torch.randn(action_dim, generator=rng, device=device))
         next_obs, reward, terminated, truncated, episode_info = env.step(action)
         agent_step, step = agent_step + 1, step + repeat
-        ok = np.isfinite(next_obs).all() and np.isfinite(np.float32(reward))
-        check(ok, f"the environment returned NaN or infinity at step {step}: {next_obs}, reward {reward}", 1)
         buffer.add(obs, action, reward, terminated, next_obs)
         actions.append(action.tolist())
-        obs = next_obs
+        last_obs, obs = obs, next_obs
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", episode_info["episode"]["r"], step)
             episode, actions = episode + 1, []
             obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
+        ok = np.isfinite(np.hstack([last_obs, next_obs, obs, reward], dtype=np.float32)).all()
+        check(ok, f"the environment returned NaN or infinity at step {step}: {next_obs}, {obs}, reward {reward}", 1)
         if agent_step > args.learning_starts:
             for _ in range(args.utd):
                 info |= agent.update(buffer.sample(args.batch_size, rng), rng)
@@ -403,9 +403,9 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as e:
         check(False, f"{e}; this needs: pip install {e.name}")
     except (OSError, RuntimeError) as e:  # of the run's folder at the start, or later a full disk
-        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):
+        if isinstance(e, RuntimeError) and not isinstance(e.__context__, OSError):
             raise
-        check(False, str(e), 2 if isinstance(e, PermissionError | FileExistsError | NotADirectoryError) else 1)
+        check(False, str(e.__context__ or e), 1 + isinstance(e, PermissionError | FileExistsError | NotADirectoryError))
 
 
 if __name__ == "__main__":

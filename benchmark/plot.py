@@ -38,7 +38,7 @@ def seed_curve(path: Path) -> dict[int, float]:
 def results() -> dict[str, dict[str, list[dict[int, float]]]]:
     """{setting: {environment: [a curve per seed]}}"""
     table = defaultdict(lambda: defaultdict(list))
-    for path in sorted((HERE / "results").glob("*/*/*.csv")):
+    for path in sorted((HERE / "results").glob("[!_]*/*/*.csv")):  # _ablations is no learning curve
         table[path.parent.parent.name][path.parent.name].append(seed_curve(path))
     return table
 
@@ -58,6 +58,10 @@ def main() -> None:
         )
         low, high = ([float(r[q]) for r in rows] for q in ("q15", "q85"))
         axis.fill_between(x, low, high, color="0.35", alpha=0.15, linewidth=0)
+        sac = [r for r in gates if r["env"] == env and r["alg"] == "SAC(utd1)" and int(r["env_step"]) <= last]
+        x, mean, low, high = (np.array([float(r[k]) for r in sac]) for k in ("env_step", "mean", "m3_q05", "m3_q95"))
+        label = "SAC, published: 5 to 95 % of means of 3 seeds"
+        axis.errorbar(x / 1000, mean, (mean - low, high - mean), fmt="none", ecolor="0.35", capsize=4, label=label)
         for colour, (setting, by_env) in zip(COLOURS, sorted(ours.items())):
             curves = by_env.get(env, [])
             steps = sorted(set.intersection(*map(set, curves))) if curves else []

@@ -1,88 +1,130 @@
-"""The contract of a run: command line, files, exact resume after any kill, signals, one-line errors, ablation flags."""
+"""The contract of a run, script by script: command line, files, exact resume after any kill, signals, errors."""
 
 import ast
 import csv
-import dataclasses
+import difflib
+import functools
+import importlib
 import json
 import os
 import pickle
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import tiny_envs
 import torch
 from conftest import ROOT, command, environment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import crossq_sac
-
-TINY = [
-    "--env-id",
-    "tiny_envs:Truncated-v0",
-    "--critic-width",
-    "16",
-    "--actor-width",
-    "16",
-    "--batch-size",
-    "16",
-    "--learning-starts",
-    "40",
-    "--device",
-    "cpu",
-    "--compile",
-    "off",
-    "--eval-every",
-    "100",
-    "--eval-episodes",
-    "2",
-    "--total-timesteps",
-    "300",
-    "--checkpoint-every",
-    "37",
-]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\n# /// script\n" in path.read_text())
+TINY = """--env-id tiny_envs:Truncated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --learning-starts 40
+    --device cpu --compile off --eval-every 50 --eval-episodes 2 --total-timesteps 150 --checkpoint-every 37""".split()
+MAY_CHANGE = {"device", "compile", "eval_every", "eval_episodes", "checkpoint_every", "capture_video", "track"}
+RUN = MAY_CHANGE | {"env_id", "seed", "total_timesteps", "run_name", "resume", "evaluate"}  # the rest is the algorithm
 
 
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch):
-    """Runs in this process must not keep its signal handlers."""
-    saved = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    level = gym.logger.min_level
+def restored(monkeypatch):
+    """Runs in this process must keep neither its signal handlers, nor the search path, nor the logger's level."""
+    saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(gym.logger, "min_level", gym.logger.min_level)
     yield
-    gym.logger.min_level = level
     for number, handler in saved.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch):
-    """main(*arguments) runs crossq_sac.py in this process, in tmp_path, and returns the exit code."""
+def main(request, tmp_path, monkeypatch):
+    """main(*arguments) runs a script in this process, in tmp_path, and returns the exit code; main.module is it."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        return crossq_sac.main([str(a) for a in arguments])
+        return run.module.main([str(a) for a in arguments])
 
+    run.module = importlib.import_module(getattr(request, "param", "crossq_sac.py").removesuffix(".py"))
     return run
+
+
+every_script = pytest.mark.parametrize("main", SCRIPTS, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """whole(main) is the folder of a run of TINY that nothing interrupted, made once per script."""
+
+    @functools.cache
+    def make(module):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("whole"))
+            assert module.main([*TINY, "--run-name", "whole"]) == 0
+            return Path("runs/whole").resolve()
+
+    return lambda main: make(main.module)
+
+
+@pytest.fixture
+def own_env(monkeypatch):
+    """own_env(step=..., reset=...) registers tiny_envs.Constant with these attributes replaced, and returns its id."""
+
+    def register(**attributes):
+        cls = type("Own", (tiny_envs.Constant,), attributes)
+        spec = gym.envs.registration.EnvSpec("Own-v0", entry_point=cls, disable_env_checker=True)
+        monkeypatch.setitem(gym.registry, "Own-v0", spec)
+        return "Own-v0"
+
+    return register
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def another(name, value):
+    """The arguments that give a field of Args another value."""
+    if isinstance(value, bool):
+        return [f"--no-{flag(name)[2:]}" if value else flag(name)]
+    return [
+        flag(name),
+        "other" if isinstance(value, str | None) else value + 1 if isinstance(value, int) else value / 2,
+    ]
 
 
 def load(run):
     return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
 
 
+def files(run):
+    return {path.name: path.read_bytes() for path in Path(run).iterdir()}
+
+
+def evaluations(run):
+    return list(csv.DictReader(open(Path(run) / "evaluations.csv")))
+
+
+def scalars(run, tag):
+    return [(event.step, event.value) for event in EventAccumulator(str(run)).Reload().Scalars(tag)]
+
+
 def leaves(x, path=""):
-    """Every tensor and number of a nested checkpoint with its path."""
+    """Every tensor and number of a nested checkpoint with its path, but the arguments, which name the run itself."""
     items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list | tuple) else None
     if items is None:
         yield path, x
-    else:
-        for key, value in items:
-            if key != "args":  # these name the run itself
-                yield from leaves(value, f"{path}/{key}")
+    for key, value in items or ():
+        if key != "args":
+            yield from leaves(value, f"{path}/{key}")
 
 
 def assert_identical(a, b):
@@ -95,135 +137,137 @@ def assert_identical(a, b):
         assert equal, key
 
 
-def error_line(capsys):
-    out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "Traceback" not in err and err.startswith("crossq_sac.py: error: "), err
+def refused(main, capsys, *arguments, code=2):
+    """Runs main, expects that exit code and one line on stderr, and returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        main(*arguments)
+    err = capsys.readouterr().err
+    assert e.value.code == code and err.count("\n") == 1 and err.startswith(f"{main.module.SCRIPT.name}: error: "), err
     return err
 
 
-# -------------------------------------------------------------------------- the same, and again
+# ------------------------------------------------------------------------------- the same, and again
 
 
-def test_same_seed_same_result_and_another_seed_another(main):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert main(*TINY, "--run-name", name, "--seed", seed) == 0
-    assert_identical("runs/a", "runs/b")
-    a, c = load("runs/a")["agent"], load("runs/c")["agent"]
-    assert not torch.equal(a["critic.dense.0.weight"], c["critic.dense.0.weight"])
+@every_script
+def test_same_seed_same_result_and_another_seed_another(main, whole):
+    assert main(*TINY, "--run-name", "same") == 0
+    assert_identical(whole(main), "runs/same")
+    for seed in (1, 2):
+        assert main(*TINY, "--run-name", seed, "--seed", seed, "--total-timesteps", 10) == 0
+    a, b = load("runs/1"), load("runs/2")
+    assert not any(torch.equal(a["agent"][key], b["agent"][key]) for key in a["agent"] if "weights" in key)
+    assert not torch.isclose(a["rows"], b["rows"]).all(0)[[1, 3, 4]].any()  # what the reset drew, and the actions
 
 
-def kill_after(seconds, *arguments, cwd):
-    process = subprocess.Popen(command("crossq_sac.py", *arguments), cwd=cwd, env=environment(), stderr=subprocess.PIPE)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    return process
-
-
-def wait_for(path, timeout=60):
-    end = time.time() + timeout
-    while not path.exists():
-        assert time.time() < end, f"{path} never came"
-        time.sleep(0.01)
-
-
-def test_resume_after_sigkill_at_random_moments(main, tmp_path):
-    """Killed again and again, a run ends like one that never stopped."""
-    arguments = [*TINY, "--total-timesteps", 1500, "--eval-every", 250]
-    assert main(*arguments, "--run-name", "whole") == 0
-    run, kills = tmp_path / "runs" / "killed", 0
-    process = subprocess.Popen(
-        command("crossq_sac.py", *arguments, "--run-name", "killed"), cwd=tmp_path, env=environment()
-    )
-    clock = random.Random(0)
-    for _ in range(4):
-        wait_for(run / "checkpoint.pt")
-        before = (run / "checkpoint.pt").stat().st_mtime_ns
-        while (run / "checkpoint.pt").stat().st_mtime_ns == before and process.poll() is None:
-            time.sleep(0.001)  # training has begun in this process
-        time.sleep(clock.uniform(0, 0.5))
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-        process = subprocess.Popen(command("crossq_sac.py", "--resume", "runs/killed"), cwd=tmp_path, env=environment())
-    assert process.wait(120) == 0 and kills >= 2
-    assert_identical("runs/whole", "runs/killed")
-
-
-KILLER = """
-import os, signal, sys, torch
-import crossq_sac
-when, calls = sys.argv.pop(1), 0
-save, replace = torch.save, os.replace
-def dying_save(state, file):
-    global calls
-    calls += 1
-    save(state, file)
-    if calls == 4 and when == "writing":
-        file.flush(); os.truncate(file.fileno(), file.tell() // 2); os.kill(os.getpid(), signal.SIGKILL)
-def dying_replace(a, b):
-    if calls == 4 and when == "before-rename":
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(a, b)
-    if calls == 4 and when == "after-rename":
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save, os.replace = dying_save, dying_replace
-crossq_sac.main()
-"""
-
-
-@pytest.mark.parametrize("when", ["writing", "before-rename", "after-rename"])
-def test_killed_while_a_checkpoint_is_written(main, tmp_path, when):
-    """Half-written, whole but not renamed, just renamed: the checkpoint that is seen is always whole."""
-    assert main(*TINY, "--run-name", "whole") == 0
-    env = environment()
-    env["PYTHONPATH"] += os.pathsep + str(ROOT)
-    code = [sys.executable, "-c", KILLER, when, *TINY, "--run-name", "killed"]
-    assert subprocess.run(code, cwd=tmp_path, env=env, timeout=120).returncode == -signal.SIGKILL
-    step = load("runs/killed")["agent_step"]
-    assert step == (111 if when == "after-rename" else 74)
-    assert main("--resume", "runs/killed") == 0
-    assert_identical("runs/whole", "runs/killed")
-
-
-@pytest.mark.parametrize("step", [1, 25, 40, 41, 60, 123])
-def test_resume_from_any_step(main, monkeypatch, step):
-    """In the random warm-up, at its end, at an episode's end and in the middle of one."""
-    assert main(*TINY, "--run-name", "whole") == 0
-    add, count = crossq_sac.ReplayBuffer.add, [0]
+@every_script
+def test_resume_from_any_step(main, whole, monkeypatch):
+    """In the random warm-up, at its end, at an episode's end, in the middle of one and after an evaluation."""
+    add, count, stops = main.module.ReplayBuffer.add, [0], [1, 25, 40, 41, 60, 100, 123]
 
     def stopping_add(self, *transition):
         add(self, *transition)
         count[0] += 1
-        if count[0] == step:
+        if count[0] in stops:
             signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(crossq_sac.ReplayBuffer, "add", stopping_add)
-        assert main(*TINY, "--run-name", "stopped") == 143
-    assert load("runs/stopped")["agent_step"] == step
-    assert main("--resume", "runs/stopped") == 0
-    assert_identical("runs/whole", "runs/stopped")
+    monkeypatch.setattr(main.module.ReplayBuffer, "add", stopping_add)
+    for stop in stops:
+        assert main(*(("--resume", "runs/a") if stop > 1 else (*TINY, "--run-name", "a"))) == 143
+        assert load("runs/a")["loop"][0] == stop
+    assert main("--resume", "runs/a") == 0
+    assert_identical(whole(main), "runs/a")
+
+
+def wait_for(condition, timeout=60):
+    end = time.time() + timeout
+    while not condition():
+        assert time.time() < end, "it never came"
+        time.sleep(0.01)
+
+
+def test_resume_after_sigkill_at_random_moments(main, tmp_path):
+    """Real processes, killed again and again: the last one ends like a run that never stopped."""
+    arguments = [*TINY, "--total-timesteps", 300, "--eval-every", 100]
+    assert main(*arguments, "--run-name", "whole") == 0
+    run, kills, clock = tmp_path / "runs/killed", 0, random.Random(0)
+    arguments += ["--run-name", "killed"]
+    for target in (50, 130):
+        process = subprocess.Popen(command("crossq_sac.py", *arguments), cwd=tmp_path, env=environment())
+        wait_for(lambda target=target: (run / "checkpoint.pt").exists() and load(run)["loop"][0] >= target)
+        time.sleep(clock.uniform(0, 0.3))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        arguments = ["--resume", "runs/killed"]
+    assert main(*arguments) == 0 and kills
+    assert_identical("runs/whole", "runs/killed")
+
+
+class Killed(BaseException):
+    """Like a kill for all that a script can do about it: it catches only Exceptions."""
+
+
+@pytest.mark.parametrize("when", ["writing the first", "writing", "before the rename", "after the rename"])
+def test_killed_while_a_checkpoint_is_written(main, whole, capsys, monkeypatch, when):
+    """Half-written, whole but not renamed, just renamed: the checkpoint that is seen is always whole."""
+    save, replace, calls, nth = torch.save, os.replace, [0], 1 if "first" in when else 4
+
+    def dying_save(state, file):
+        save(state, file)
+        calls[0] += 1
+        if calls[0] == nth and "writing" in when:
+            file.truncate(file.tell() // 2)
+            raise Killed
+
+    def dying_replace(a, b):
+        if calls[0] < nth or "after" in when:
+            replace(a, b)
+        if calls[0] == nth:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch, "save", dying_save)
+        patch.setattr(os, "replace", dying_replace)
+        main(*TINY, "--run-name", "a")
+    if "first" in when:  # there is nothing to resume, and the same command starts anew
+        assert "runs/a" in refused(main, capsys, "--resume", "runs/a")
+        assert main(*TINY, "--run-name", "a") == 0
+    else:
+        assert load("runs/a")["loop"][0] == (111 if "after" in when else 74)
+        assert main("--resume", "runs/a") == 0
+    assert_identical(whole(main), "runs/a")
 
 
 def test_resume_with_a_full_buffer_and_utd_and_action_repeat(main):
+    """The ring buffer has turned over at the checkpoint, batch renorm has left its warm-up."""
     arguments = [*TINY, "--buffer-size", 64, "--utd", 2, "--action-repeat", 2, "--brn-warmup", 30]
-    assert main(*arguments, "--run-name", "whole", "--total-timesteps", 600) == 0
-    assert main(*arguments, "--run-name", "part", "--total-timesteps", 346) == 0
-    assert main("--resume", "runs/part", "--total-timesteps", 600) == 0
-    left, right = dict(leaves(load("runs/whole"))), dict(leaves(load("runs/part")))
-    assert all(torch.equal(v, right[k]) for k, v in left.items() if isinstance(v, torch.Tensor))
+    assert main(*arguments, "--run-name", "whole", "--total-timesteps", 240) == 0
+    assert main(*arguments, "--run-name", "part", "--total-timesteps", 146) == 0
+    assert main("--resume", "runs/part", "--total-timesteps", 240) == 0
+    assert_identical("runs/whole", "runs/part")
+
+
+@pytest.mark.parametrize("env", ["Walker2d-v4", "Hopper-v4"])
+def test_resume_in_the_middle_of_a_mujoco_episode(main, env):
+    """The open episode's actions, played again, lead to the same state of the simulator."""
+    arguments = [*TINY, "--env-id", env, "--eval-every", 55]
+    assert main(*arguments, "--run-name", "whole", "--total-timesteps", 110) == 0
+    assert main(*arguments, "--run-name", "part", "--total-timesteps", 60) == 0
+    assert len(load("runs/part")["loop"][2]) > 5
+    assert main("--resume", "runs/part", "--total-timesteps", 110) == 0
+    assert_identical("runs/whole", "runs/part")
 
 
 def test_compiled_run_resumes_exactly(main):
     """torch.compile changes nothing of that."""
-    arguments = [a if a != "off" else "on" for a in TINY]
-    assert main(*arguments, "--run-name", "whole", "--total-timesteps", 200) == 0
-    assert main(*arguments, "--run-name", "part", "--total-timesteps", 100) == 0
+    torch._dynamo.reset()  # it compiles a function only so many times in one process
+    arguments = [*TINY, "--compile", "on"]
+    assert main(*arguments, "--run-name", "whole", "--total-timesteps", 90) == 0
+    assert main(*arguments, "--run-name", "part", "--total-timesteps", 60) == 0
     assert load("runs/part")["args"]["compile"] == "on"
-    assert main("--resume", "runs/part", "--total-timesteps", 200) == 0
+    assert main("--resume", "runs/part", "--total-timesteps", 90) == 0
     assert_identical("runs/whole", "runs/part")
 
 
@@ -234,367 +278,506 @@ def test_signals_save_and_exit(main, tmp_path, number, code):
     process = subprocess.Popen(
         command("crossq_sac.py", *arguments), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
-    wait_for(tmp_path / "runs/stopped/evaluations.csv")
-    while (tmp_path / "runs/stopped/evaluations.csv").read_text().count("\n") < 4:
-        time.sleep(0.01)
+    table = tmp_path / "runs/stopped/evaluations.csv"
+    wait_for(lambda: table.exists() and table.read_text().count("\n") >= 4)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "--resume runs/stopped" in err and "Traceback" not in err
-    step = load("runs/stopped")["agent_step"]
-    assert step > 100
-    assert main("--resume", "runs/stopped", "--evaluate", "runs/stopped") == 0
+    assert load("runs/stopped")["loop"][0] >= 100
+    assert main("--evaluate", "runs/stopped") == 0
 
 
-# ---------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(("where", "number", "code"), [("save", signal.SIGINT, 130), ("evaluate", signal.SIGTERM, 143)])
+def test_a_signal_at_an_odd_time(main, whole, capsys, monkeypatch, where, number, code):
+    """While a checkpoint is written or an evaluation runs: both are finished, and nothing is lost."""
+    holder, nth, step = (torch, 2, 37) if where == "save" else (main.module, 1, 50)
+    function, calls = getattr(holder, where), [0]
+
+    def interrupted(*arguments):
+        calls[0] += 1
+        if calls[0] == nth:
+            signal.raise_signal(number)
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, where, interrupted)
+        assert main(*TINY, "--run-name", "stopped") == code
+    assert f"step {step}" in (err := capsys.readouterr().err) and "--resume runs/stopped" in err
+    assert load("runs/stopped")["loop"][0] == step
+    assert main("--resume", "runs/stopped") == 0
+    assert_identical(whole(main), "runs/stopped")
+
+
+def test_an_environment_that_is_not_deterministic_is_refused_at_resume(main, capsys, monkeypatch):
+    assert main(*TINY, "--run-name", "a", "--total-timesteps", 35) == 0
+    obs = tiny_envs.Constant._obs
+    monkeypatch.setattr(tiny_envs.Constant, "_obs", lambda self: obs(self) + np.random.random())
+    assert "deterministic" in refused(main, capsys, "--resume", "runs/a", "--total-timesteps", 36, code=1)
+
+
+# ------------------------------------------------------------------------------------------- errors
 
 WRONG = {
-    "an unknown environment": (["--env-id", "Hoper-v4"], "Did you mean: `Hopper`"),
-    "an unknown namespace": (["--env-id", "no_such_module:X-v0"], "no_such_module"),
-    "discrete actions": (["--env-id", "tiny_envs:Discrete-v0"], "Discrete(3)"),
-    "unbounded actions": (["--env-id", "tiny_envs:Unbounded-v0"], "bounded"),
-    "images": (["--env-id", "tiny_envs:Image-v0"], "no images"),
-    "an unknown flag": (["--gama", "0.9"], "--gamma"),
-    "no number": (["--gamma", "much"], "--gamma"),
-    "no choice": (["--critic-norm", "group"], "--critic-norm"),
-    "gamma above 1": (["--gamma", "1.5"], "--gamma"),
-    "gamma nan": (["--gamma", "nan"], "--gamma"),
-    "gamma below 0": (["--gamma", "-0.1"], "--gamma"),
-    "beta1 of 1": (["--adam-beta1", "1"], "--adam-beta1"),
-    "a negative seed": (["--seed", "-1"], "--seed"),
-    "a batch above the buffer": (["--buffer-size", "8"], "--buffer-size"),
-    "a buffer above the memory": (["--buffer-size", "1000000000000"], "bytes"),
-    "a run that is not there": (["--resume", "runs/none"], "runs/none"),
-    "nothing to evaluate": (["--evaluate", "runs/none"], "runs/none"),
-} | {
-    f"{flag} {value}": ([f"--{flag}", value], f"--{flag}")
-    for value in ("0", "-3")
-    for flag in [
-        "total-timesteps",
-        "critic-width",
-        "actor-width",
-        "n-critics",
-        "policy-delay",
-        "utd",
-        "batch-size",
-        "buffer-size",
-        "action-repeat",
-        "eval-every",
-        "eval-episodes",
-        "checkpoint-every",
-        "critic-lr",
-        "actor-lr",
-        "alpha-lr",
-        "alpha",
-    ]
+    "an unknown environment": ("--env-id Hoper-v4", "Did you mean: `Hopper`"),
+    "a version that does not exist": ("--env-id Hopper-v99", "v5"),
+    "an unknown module": ("--env-id no_such_module:X-v0", "no_such_module"),
+    "a broken module": ("--env-id broken_module:X-v0", "invalid syntax"),
+    "DeepMind Control without shimmy": ("--env-id dm_control/walker-walk-v0", "pip install"),
+    "MyoSuite without myosuite": ("--env-id myoHandReachFixed-v0", "pip install"),
+    "discrete actions": ("--env-id tiny_envs:Discrete-v0", "Discrete(3)"),
+    "unbounded actions": ("--env-id tiny_envs:Unbounded-v0", "bounded"),
+    "images": ("--env-id tiny_envs:Image-v0", "no images"),
+    "an unknown flag": ("--gama 0.9", "--gamma"),
+    "a value too many": ("extra", "extra"),
+    "a value too few": ("--seed", "--seed"),
+    "no number": ("--gamma much", "--gamma"),
+    "no whole number": ("--total-timesteps 1e6", "--total-timesteps"),
+    "no choice": ("--device tpu", "--device"),
+    "gamma above 1": ("--gamma 1.5", "--gamma"),
+    "bn-momentum above 1": ("--bn-momentum 1.01", "--bn-momentum"),
+    "beta1 of 1": ("--adam-beta1 1", "--adam-beta1"),
+    "a seed beyond 64 bits": (f"--seed {2**80}", "--seed"),
+    "a batch above the buffer": ("--buffer-size 8", "--buffer-size"),
+    "a buffer above the memory": ("--buffer-size 1000000000000", "bytes"),
+    "a run that is not there": ("--resume runs/none", "runs/none"),
+    "a checkpoint for a folder": ("--resume runs/a/checkpoint.pt", "runs/a/checkpoint.pt"),
+    "nothing to evaluate": ("--evaluate runs/none", "runs/none"),
+    "an empty run": ("--resume=", "checkpoint.pt"),
+    "an empty run to evaluate": ("--evaluate=", "checkpoint.pt"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments(main, capsys, case):
+def test_wrong_arguments(main, capsys, monkeypatch, case):
     """Exit code 2, one line that names the culprit, nothing created."""
+    for module in ("shimmy", "myosuite"):
+        monkeypatch.setitem(sys.modules, module, None)
+    Path("broken_module.py").write_text("this is no Python\n")
     arguments, hint = WRONG[case]
-    with pytest.raises(SystemExit) as e:
-        main(*TINY, *arguments)
-    assert e.value.code == 2 and hint in error_line(capsys)
+    assert hint in refused(main, capsys, *TINY, "--total-timesteps", 41, *arguments.split())
+    assert [path.name for path in Path().iterdir() if path.name != "__pycache__"] == ["broken_module.py"]
+
+
+ZERO = {"seed", "gamma", "learning_starts", "bn_momentum", "brn_warmup", "adam_beta1", "alpha_lr", "tau",
+        "exploration_noise", "target_noise", "target_noise_clip"}  # fmt: skip
+
+
+@every_script
+def test_numbers_out_of_range(main, capsys):
+    """Every number of Args: negative, not a number or infinite; and zero, but where that makes sense."""
+    for name, value in vars(main.module.Args()).items():
+        if type(value) in (int, float):
+            for wrong in ("-3", "nan", "inf", *(["0"] if name not in ZERO else [])):
+                assert f"{flag(name)}" in refused(main, capsys, *TINY, flag(name), wrong), (name, wrong)
+            if name in ZERO:
+                assert vars(main.module.parse_args([*TINY, flag(name), "0"])[0])[name] == 0
     assert not Path("runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_cuda(main, capsys):
-    with pytest.raises(SystemExit) as e:
-        main(*TINY, "--device", "cuda")
-    assert e.value.code == 2 and "--device cpu" in error_line(capsys)
+    assert "--device cpu" in refused(main, capsys, *TINY, "--device", "cuda")
 
 
-@pytest.mark.parametrize(("flag", "module"), [("--track", "wandb"), ("--capture-video", "moviepy")])
-def test_missing_optional_package(main, capsys, monkeypatch, flag, module):
+def test_integer_actions(main, capsys, own_env):
+    env_id = own_env(action_space=gym.spaces.Box(0, 3, (2,), np.int64))
+    assert "int64" in refused(main, capsys, *TINY, "--env-id", env_id)
+
+
+@pytest.mark.parametrize(("option", "module"), [("--track", "wandb"), ("--capture-video", "moviepy")])
+def test_missing_optional_package(main, capsys, monkeypatch, option, module):
     """The install command is named, and nothing created."""
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit) as e:
-        main(*TINY, "--env-id", "Pendulum-v1" if module == "wandb" else "InvertedPendulum-v4", flag)
-    assert e.value.code == 2 and f"pip install {module}" in error_line(capsys)
+    env_id = "Pendulum-v1" if module == "wandb" else "InvertedPendulum-v4"
+    assert f"pip install {module}" in refused(main, capsys, *TINY, "--env-id", env_id, option)
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "corrupted", "empty", "list", "foreign", "code"])
-def test_damaged_checkpoints(main, capsys, damage):
+def test_a_real_process_says_one_line(tmp_path):
+    """Nothing else on stderr, no warning either; exit code 2."""
+    env = {k: v for k, v in environment().items() if k != "PYTHONWARNINGS"}
+    arguments = command("crossq_sac.py", "--env-id", "Hoper-v4")
+    out = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert out.returncode == 2 and out.stdout == "" and not list(tmp_path.iterdir())
+    assert out.stderr.count("\n") == 1 and "Hopper" in out.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "random", "empty", "list", "foreign", "code"])
+def test_damaged_checkpoints(main, capsys, whole, damage):
     """Exit code 2, one line, the file as it was; a checkpoint is data and never code."""
-    assert main(*TINY, "--run-name", "a", "--total-timesteps", 50) == 0
-    path = Path("runs/a/checkpoint.pt")
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, ("executed",)
+
+    path = Path(shutil.copytree(whole(main), "runs/a")) / "checkpoint.pt"
     data = path.read_bytes()
-    if damage == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif damage == "corrupted":
-        path.write_bytes(os.urandom(len(data)))
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "list":
+    if damage == "list":
         torch.save([1, 2], path)
     elif damage == "foreign":
-        torch.save(load("runs/a") | {"script": "sac_baseline.py"}, path)
+        torch.save(load("runs/a") | {"script": "other.py"}, path)
     else:
-
-        class Code:
-            def __reduce__(self):
-                return os.mkdir, ("executed",)
-
-        path.write_bytes(pickle.dumps(Code()))
-    damaged = path.read_bytes()
-    capsys.readouterr()
-    for flag in ("--resume", "--evaluate"):
-        with pytest.raises(SystemExit) as e:
-            main(flag, "runs/a")
-        assert e.value.code == 2 and "runs/a" in error_line(capsys)
-    assert path.read_bytes() == damaged and not Path("executed").exists()
+        new = {"truncated": data[: len(data) // 2], "random": os.urandom(len(data)), "empty": b""}
+        path.write_bytes((new | {"code": pickle.dumps(Code(), protocol=2)})[damage])
+    damaged = files("runs/a")
+    for option in ("--resume", "--evaluate"):
+        assert "runs/a" in refused(main, capsys, option, "runs/a")
+    assert files("runs/a") == damaged and not Path("executed").exists()
 
 
-@pytest.mark.parametrize(("env", "named"), [("NanObs", "NaN"), ("InfReward", "inf")])
+@pytest.mark.parametrize(("env", "named"), [("NanObs", "nan"), ("InfReward", "inf")])
 def test_nan_from_the_environment(main, capsys, env, named):
     """Stops with code 1 at that step; the last good checkpoint stays."""
-    with pytest.raises(SystemExit) as e:
-        main(*TINY, "--env-id", f"tiny_envs:{env}-v0", "--run-name", "a")
-    err = error_line(capsys)
-    assert e.value.code == 1 and "step 57" in err and named.lower() in err.lower()
-    assert load("runs/a")["agent_step"] == 37
+    err = refused(main, capsys, *TINY, "--env-id", f"tiny_envs:{env}-v0", "--run-name", "a", code=1)
+    assert "step 57" in err and named in err.lower()
+    assert load("runs/a")["loop"][0] == 37
 
 
+@pytest.mark.parametrize("at", [0, 20])
+def test_nan_from_a_reset(main, capsys, own_env, at):
+    """The first or third episode begins with NaN: it reaches neither the buffer's file nor a later checkpoint."""
+
+    def reset(self, seed=None, options=None):
+        obs, info = tiny_envs.Constant.reset(self, seed=seed)
+        return (obs * np.nan if self.total_steps == at else obs), info
+
+    arguments = [*TINY, "--env-id", own_env(reset=reset), "--run-name", "a", "--checkpoint-every", 10]
+    err = refused(main, capsys, *arguments, "--total-timesteps", 42, code=1)
+    assert re.search(rf"nan.* step ({at}|{at + 1})\b", err, re.I)
+    assert load("runs/a")["rows"].isfinite().all() and (at == 0 or np.isfinite(load("runs/a")["obs"]).all())
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_a_reward_that_float32_cannot_hold(main, capsys, own_env):
+    def step(self, action):
+        obs, _, *rest = tiny_envs.Constant.step(self, action)
+        return obs, 1e39 if self.total_steps == 30 else 1.0, *rest
+
+    arguments = [*TINY, "--env-id", own_env(step=step), "--run-name", "a", "--checkpoint-every", 10]
+    assert "step 30" in refused(main, capsys, *arguments, code=1)
+    assert load("runs/a")["rows"].isfinite().all() and load("runs/a")["loop"][0] == 20
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_nan_in_an_evaluation(main, capsys, own_env, what):
+    """The second environment of a run is that of the evaluations."""
+    made = []
+
+    def init(self):
+        made.append(self)
+        tiny_envs.Constant.__init__(self)
+
+    def step(self, action):
+        obs, reward, *rest = tiny_envs.Constant.step(self, action)
+        factor = np.nan if self is made[-1] and len(made) > 1 and self.t == 3 else 1.0
+        return (obs, reward * factor, *rest) if what == "reward" else (obs * factor, reward, *rest)
+
+    arguments = [*TINY, "--env-id", own_env(__init__=init, step=step), "--run-name", "a"]
+    err = refused(main, capsys, *arguments, "--total-timesteps", 51, code=1)
+    assert re.search(r"\b50\b", err) and "nan" in err.lower()
+    assert not evaluations("runs/a") and load("runs/a")["loop"][0] == 37
+
+
+@every_script
 def test_nan_in_a_loss(main, capsys, monkeypatch):
-    update, calls = crossq_sac.Agent.update_critic, [0]
+    update, calls = main.module.Agent.update, [0]
 
-    def diverging(self, *batch):
+    def diverging(self, *arguments):
         calls[0] += 1
-        info = update(self, *batch)
-        return info | {"critic_loss": info["critic_loss"] * (float("nan") if calls[0] == 20 else 1)}
+        info = update(self, *arguments)
+        return info | {"losses/critic": info["losses/critic"] * (float("nan") if calls[0] == 10 else 1)}
 
-    monkeypatch.setattr(crossq_sac.Agent, "update_critic", diverging)
-    with pytest.raises(SystemExit) as e:
-        main(*TINY, "--run-name", "a", "--checkpoint-every", 55)
-    err = error_line(capsys)
-    assert e.value.code == 1 and "critic_loss" in err and "step 60" in err
-    assert load("runs/a")["agent_step"] == 55
+    monkeypatch.setattr(main.module.Agent, "update", diverging)
+    err = refused(main, capsys, *TINY, "--run-name", "a", "--checkpoint-every", 45, code=1)
+    assert "losses/critic" in err and "step 50" in err
+    assert load("runs/a")["loop"][0] == 45
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(main, capsys, monkeypatch):
-    save, calls = torch.save, [0]
-
-    def full(state, file):
-        calls[0] += 1
-        if calls[0] == 3:
-            raise OSError(28, "No space left on device")
-        save(state, file)
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit) as e:
-        main(*TINY, "--run-name", "a")
-    assert e.value.code == 1 and "No space left" in error_line(capsys)
-    assert load("runs/a")["agent_step"] == 37
+def test_a_full_disk_keeps_the_last_checkpoint(main, capsys):
+    """Really full: a limit on the size of files, met in the middle of torch.save."""
+    arguments = [*TINY, "--critic-width", 64, "--run-name", "a"]
+    assert main(*arguments, "--total-timesteps", 37) == 0
+    size, limits = Path("runs/a/checkpoint.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # Adam's moments come with the first update: the next checkpoint is three times as large
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3 * size // 2, limits[1]))
+        assert "too large" in refused(main, capsys, "--resume", "runs/a", "--total-timesteps", 60, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load("runs/a")["loop"][0] == 37
+    assert main("--resume", "runs/a", "--total-timesteps", 60) == 0
 
 
 def test_unwritable_run_folder(main, capsys):
     Path("runs").write_text("a file where the folder should be")
-    with pytest.raises(SystemExit) as e:
-        main(*TINY)
-    assert e.value.code == 2 and "runs" in error_line(capsys)
+    assert "runs" in refused(main, capsys, *TINY)
 
 
-def test_an_environment_that_is_not_deterministic_is_refused_at_resume(main, capsys, monkeypatch):
-    assert main(*TINY, "--run-name", "a", "--total-timesteps", 55) == 0
-    import tiny_envs
-
-    obs = tiny_envs.Constant._obs
-    monkeypatch.setattr(tiny_envs.Constant, "_obs", lambda self: obs(self) + np.random.random())
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        main("--resume", "runs/a", "--total-timesteps", 60)
-    assert e.value.code == 1 and "deterministic" in error_line(capsys)
+def test_an_existing_run_is_never_overwritten(main, whole, capsys):
+    """Not even one whose large checkpoint was deleted."""
+    shutil.copytree(whole(main), "runs/a")
+    for _ in range(2):
+        before = files("runs/a")
+        assert "--resume runs/a" in refused(main, capsys, *TINY, "--run-name", "a", "--seed", 2)
+        assert before == files("runs/a")
+        Path("runs/a/checkpoint.pt").unlink(missing_ok=True)
 
 
-def test_an_existing_run_is_never_overwritten(main, capsys):
-    assert main(*TINY, "--run-name", "a", "--total-timesteps", 120) == 0
-    before = {p.name: p.read_bytes() for p in Path("runs/a").iterdir()}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as e:
-        main(*TINY, "--run-name", "a")
-    assert e.value.code == 2 and "--resume runs/a" in error_line(capsys)
-    assert before == {p.name: p.read_bytes() for p in Path("runs/a").iterdir()}
+@every_script
+def test_resume_refuses_what_would_change_the_run(main, whole, capsys):
+    """Each field of Args by name, but the ones that say where and how the run goes on."""
+    shutil.copytree(whole(main), "runs/a")
+    before = files("runs/a")
+    for name, old in load("runs/a")["args"].items():
+        if name not in MAY_CHANGE | {"total_timesteps", "resume", "evaluate"}:
+            assert f"'{name}'" in refused(main, capsys, "--resume", "runs/a", *another(name, old))
+    assert "total_timesteps" in refused(main, capsys, "--resume", "runs/a", "--total-timesteps", 149)
+    assert before == files("runs/a")
 
 
-def test_resume_takes_no_other_arguments(main, capsys):
-    """What would change the run is refused by name; what does not is taken."""
-    assert main(*TINY, "--run-name", "a", "--total-timesteps", 120) == 0
-    for flag, value in (("--gamma", 0.5), ("--seed", 3), ("--critic-width", 8), ("--total-timesteps", 60)):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as e:
-            main("--resume", "runs/a", flag, value)
-        assert e.value.code == 2 and flag in error_line(capsys)
-    assert (
-        main("--resume", "runs/a", "--gamma", 0.99, "--total-timesteps", 200, "--eval-every", 50, "--device", "cpu")
-        == 0
-    )
-    assert load("runs/a")["agent_step"] == 200
+def test_resume_takes_what_does_not_change_the_run(main, whole):
+    shutil.copytree(whole(main), "runs/a")
+    new = "--gamma 0.99 --total-timesteps 155 --eval-every 155 --eval-episodes 1 --checkpoint-every 9 --device auto"
+    assert main("--resume", "runs/a", *new.split()) == 0
+    assert load("runs/a")["loop"][0] == 155 and [row["step"] for row in evaluations("runs/a")][-2:] == ["150", "155"]
 
 
-# -------------------------------------------------------------------------------- files of a run
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(main, whole):
+    shutil.copytree(whole(main), "runs/a")
+    assert main("--resume", "runs/a/") == 0
+    assert_identical(whole(main), "runs/a")
 
 
+# ------------------------------------------------------------------------------------ files of a run
+
+
+@every_script
 def test_files_of_a_run(main):
     """args.json, evaluations.csv and TensorBoard's tags; steps are environment steps."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    arguments = [*TINY, "--action-repeat", 2, "--total-timesteps", 2400, "--learning-starts", 40, "--eval-every", 1000]
+    arguments = [*TINY, "--action-repeat", 2, "--total-timesteps", 2000, "--learning-starts", 990, "--eval-every", 1000]
     assert main(*arguments, "--run-name", "x/y") == 0
     run = Path("runs/x_y")
     about = json.loads((run / "args.json").read_text())
     assert about["args"]["action_repeat"] == 2 and about["torch"] == torch.__version__
-    assert {"git", "device", "gymnasium", "mujoco", "numpy", "python"} <= about.keys()
-    rows = list(csv.DictReader(open(run / "evaluations.csv")))
+    assert {"device", "gymnasium", "mujoco", "numpy"} <= about.keys()
+    rows = evaluations(run)
     assert list(rows[0]) == ["step", "episode", "return", "length", "success"]
     assert [(r["step"], r["episode"], float(r["return"]), r["length"], r["success"]) for r in rows] == [
         (step, episode, 10.0, "10", "") for step in ("1000", "2000") for episode in ("0", "1")
     ]
-    events = EventAccumulator(str(run)).Reload()
-    tags = set(events.Tags()["scalars"])
-    expected = {"critic_loss", "q_mean", "actor_loss", "alpha_loss", "entropy", "alpha"}
-    assert {"eval/return", "charts/episodic_return", "charts/SPS"} | {f"losses/{k}" for k in expected} <= tags
-    assert {f"diagnostics/critic_{k}" for k in ("weight_norm", "gradient_norm", "effective_lr")} <= tags
-    assert [(e.step, e.value) for e in events.Scalars("eval/return")] == [(1000, 10.0), (2000, 10.0)]
-    assert events.Scalars("charts/episodic_return")[0].step == 10
+    tags = {"losses/critic", "losses/actor", "diagnostics/q_mean", "charts/SPS"}
+    tags |= {"diagnostics/alpha", "diagnostics/entropy"} if hasattr(main.module.Args, "alpha") else set()
+    assert tags <= set(EventAccumulator(str(run)).Reload().Tags()["scalars"])
+    assert scalars(run, "eval/return") == [(1000, 10.0), (2000, 10.0)]
+    assert scalars(run, "charts/episodic_return")[0] == (10, 10.0)
 
 
-def test_without_git(main, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert main(*TINY, "--run-name", "a", "--total-timesteps", 50) == 0
-    assert json.loads(Path("runs/a/args.json").read_text())["git"] == ""
+def test_tensorboard_keeps_what_was_written_before_a_resume(main, whole):
+    shutil.copytree(whole(main), "runs/a")
+    assert main("--resume", "runs/a", "--total-timesteps", 200) == 0
+    assert [step for step, _ in scalars("runs/a", "eval/return")] == [50, 100, 150, 200]
 
 
-def test_default_run_name_and_evaluate(main, capsys):
-    assert main(*TINY, "--total-timesteps", 100) == 0
+def test_the_git_revision_if_any(main, monkeypatch):
+    """Where there is none, neither is an error message in its place."""
+    repository = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    for name, path in (("with", os.environ["PATH"]), ("without", "/nonexistent")):
+        monkeypatch.setenv("PATH", path)
+        assert main(*TINY, "--run-name", name, "--total-timesteps", 10) == 0
+        found = json.loads(Path(f"runs/{name}/args.json").read_text())["git"]
+        assert found == (repository.stdout.strip() if name == "with" else "")
+
+
+def test_default_run_name(main):
+    assert main(*TINY, "--total-timesteps", 10) == 0
     (run,) = Path("runs").iterdir()
     assert re.fullmatch(r"tiny_envs_Truncated-v0__crossq_sac__1__\d+", run.name)
+
+
+@pytest.mark.parametrize("name", [".", "..", "../a", "a/b"])
+def test_a_run_is_a_folder_under_runs(main, name):
+    assert main(*TINY, "--total-timesteps", 10, "--run-name", name) == 0
+    assert len([*Path().glob("runs/*/checkpoint.pt")]) == 1 and len([*Path().rglob("checkpoint.pt")]) == 1
+
+
+def test_evaluate_leaves_the_run_as_it_is(main, whole, capsys):
+    shutil.copytree(whole(main), "runs/a")
+    assert main("--evaluate", "runs/a", "--eval-episodes", 3) == 0
+    assert "10.0 ± 0.0" in capsys.readouterr().out and files("runs/a") == files(whole(main))
+
+
+@pytest.mark.parametrize("key", ["is_success", "success", "solved"])
+def test_success_at_any_time_of_an_episode_counts(main, capsys, own_env, key):
+    """Every second episode of the evaluation succeeds, for one step in its middle."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = tiny_envs.Constant.step(self, action)
+        return obs, reward, terminated, truncated, {key: self.t == 5 and (self.total_steps - 1) // 10 % 2 == 1}
+
+    assert main(*TINY, "--env-id", own_env(step=step), "--run-name", "a", "--total-timesteps", 50) == 0
+    assert [row["success"] for row in evaluations("runs/a")] == ["0", "1"]
     capsys.readouterr()
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
-    assert main("--evaluate", run, "--eval-episodes", 3) == 0
-    assert "10.0 ± 0.0" in capsys.readouterr().out
-    assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+    assert main("--evaluate", "runs/a") == 0
+    assert "success 0.50" in capsys.readouterr().out
 
 
-def test_start_line_says_what_runs(main, capsys):
-    assert main(*TINY, "--run-name", "a", "--critic-width", 600, "--total-timesteps", 120) == 0
-    out = capsys.readouterr().out
-    assert "runs/a" in out and "Truncated" in out and "parameters" in out and "MB" in out
-    assert "--critic-width 256" in out and "steps/s: about" in out
+def test_dictionary_observations_train(main):
+    assert main(*TINY, "--env-id", "tiny_envs:DictObs-v0", "--run-name", "a", "--total-timesteps", 45) == 0
+    assert load("runs/a")["rows"].shape == (45, 3 + 2 + 1 + 1 + 3)
 
 
-# ------------------------------------------------------------------------------------- the flags
-
-ABLATIONS = [
-    *(["--critic-norm", n] for n in ("bn", "ln", "none")),
-    *(["--actor-norm", n] for n in ("bn", "ln", "none")),
-    *(["--activation", a] for a in crossq_sac.ACTIVATIONS),
-    ["--bn-momentum", "0.9"], ["--brn-warmup", "10"], ["--n-critics", "1"], ["--policy-delay", "1"], ["--utd", "3"],
-    ["--critic-lr", "1e-4"], ["--actor-lr", "1e-4"], ["--alpha-lr", "1e-4"], ["--adam-beta1", "0.9"], ["--no-autotune"],
-    ["--alpha", "0.2"], ["--q-aggregation", "mean"], ["--bootstrap-at-termination"],
-    ["--critic-norm", "ln", "--activation", "glu", "--n-critics", "3", "--utd", "2", "--q-aggregation", "mean"],
-    ["--critic-norm", "bn", "--actor-norm", "none", "--activation", "tanh", "--no-autotune", "--policy-delay", "2"],
-]  # fmt: skip
+def test_one_line_says_what_runs(main, capsys):
+    assert main(*TINY, "--run-name", "a", "--critic-width", 600, "--total-timesteps", 10) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    actor = main.module.MLP(3, 16, 2 * 2, main.module.Args())
+    assert line.startswith("runs/a: tiny_envs:Truncated-v0 on CPU") and "--critic-width 256" in line
+    assert f"actor {sum(p.numel() for p in actor.parameters())}," in line
 
 
-def test_every_ablation_flag_runs_and_changes_the_result(main):
-    """Each alone, and some together; a flag that did nothing would leave the plain run's weights."""
-    arguments = [*TINY, "--env-id", "tiny_envs:Terminated-v0", "--total-timesteps", 60, "--brn-warmup", 2]
+def test_video_of_an_evaluation(main, own_env, monkeypatch):
+    """The wiring, with a stand-in for moviepy that writes the number of frames."""
+
+    class Clip:
+        def __init__(self, frames, fps):
+            self.frames = frames
+
+        def write_videofile(self, path, **_):
+            Path(path).write_text(str(len(self.frames)))
+
+    def init(self, render_mode=None):
+        self.render_mode = render_mode
+        tiny_envs.Constant.__init__(self)
+
+    for name in ("moviepy", "moviepy.video.io.ImageSequenceClip"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(ImageSequenceClip=Clip))
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    env_id = own_env(__init__=init, metadata=metadata, render=lambda self: np.zeros((8, 8, 3), np.uint8))
+    assert main(*TINY, "--env-id", env_id, "--run-name", "a", "--total-timesteps", 10) == 0
+    assert not Path("runs/a/videos").exists()
+    assert main("--evaluate", "runs/a", "--capture-video") == 0
+    assert {p.name: p.read_text() for p in Path("runs/a/videos/10").glob("*.mp4")} == {"rl-video-episode-0.mp4": "11"}
+
+
+def test_track_logs_to_weights_and_biases(main, monkeypatch):
+    """It copies TensorBoard's events, so it must begin before them; a resumed run goes on under the same id."""
+    calls = []
+
+    def init(**kwargs):
+        calls.append(kwargs | {"events": list(Path().rglob("events.out*"))})
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    assert main(*TINY, "--run-name", "a", "--total-timesteps", 10, "--track") == 0
+    assert main("--resume", "runs/a", "--total-timesteps", 20) == 0
+    assert [call["id"] for call in calls] == ["a", "a"] and all(call["sync_tensorboard"] for call in calls)
+    assert calls[0]["config"]["gamma"] == 0.99 and calls[0]["events"] == []
+
+
+# ---------------------------------------------------------------------------------------- the flags
+
+
+@every_script
+def test_every_flag_of_the_algorithm_changes_the_networks(main):
+    """Each alone; a flag that did nothing would leave the plain run's weights."""
+    arguments = [*TINY, "--learning-starts", 5, "--total-timesteps", 20, "--buffer-size", 18]  # which turns over
+    arguments += ["--brn-warmup", 2] if hasattr(main.module.Args, "brn_warmup") else []
     assert main(*arguments, "--run-name", "plain") == 0
-    plain = load("runs/plain")["agent"]
-    for i, flags in enumerate(ABLATIONS):
-        assert main(*arguments, *flags, "--run-name", f"flag-{i}") == 0
-        changed = load(f"runs/flag-{i}")["agent"]
-        same = plain.keys() == changed.keys() and all(
-            v.shape == changed[k].shape and torch.equal(v, changed[k]) for k, v in plain.items()
-        )
-        assert not same or flags[1] in ("relu", "relu6"), flags  # nothing exceeds 6 in so small a network
+    plain, args = load("runs/plain")["agent"], load("runs/plain")["args"]
+    for name in args.keys() - RUN:
+        assert main(*arguments, *another(name, args[name]), "--run-name", name) == 0
+        changed = load(f"runs/{name}")["agent"]
+        networks = [key for key in plain if key.startswith(("critic.", "actor."))]
+        assert any(not torch.equal(plain[key], changed[key]) for key in networks), name
 
 
-def test_defaults_are_the_papers():
-    """Table 1 and the official code."""
-    expected = {
-        "critic_width": 2048, "actor_width": 256, "n_critics": 2, "critic_norm": "brn", "actor_norm": "brn",
-        "bn_momentum": 0.99, "brn_warmup": 100_000, "activation": "relu", "critic_lr": 1e-3, "actor_lr": 1e-3,
-        "alpha_lr": 1e-3, "adam_beta1": 0.5, "policy_delay": 3, "utd": 1, "batch_size": 256, "buffer_size": 1_000_000,
-        "learning_starts": 5000, "gamma": 0.99, "alpha": 1.0, "autotune": True, "q_aggregation": "min",
-        "bootstrap_at_termination": False, "action_repeat": 1, "eval_every": 10_000, "eval_episodes": 5,
-    }  # fmt: skip
-    args = dataclasses.asdict(crossq_sac.Args())
-    assert {k: args[k] for k in expected} == expected
-    layer = crossq_sac.BatchRenorm((1, 1))
-    assert (layer.eps, layer.momentum, layer.r_max, layer.d_max, layer.warmup) == (1e-3, 0.99, 3, 5, 100_000)
+PAPER = {"critic_width": 2048, "actor_width": 256, "n_critics": 2, "bn_momentum": 0.99, "brn_warmup": 100_000,
+         "critic_lr": 1e-3, "actor_lr": 1e-3, "adam_beta1": 0.5, "policy_delay": 3, "utd": 1, "batch_size": 256,
+         "buffer_size": 1_000_000, "learning_starts": 5000, "gamma": 0.99, "action_repeat": 1}  # fmt: skip
+SAC = {"alpha_lr": 1e-3, "alpha": 1.0}
+TD3 = {"exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5}
+BASELINE = {"critic_width": 256, "adam_beta1": 0.9, "policy_delay": 1, "tau": 0.005}  # and no batch renorm
+DEFAULTS = {
+    "crossq_sac.py": PAPER | SAC,
+    "crossq_td3.py": PAPER | TD3,
+    "sac_baseline.py": {k: v for k, v in PAPER.items() if not k.startswith("b") or k[1] in "au"} | SAC | BASELINE,
+}
 
 
+@every_script
+def test_defaults_are_the_papers(main):
+    """Table 1, section 3.3 and the official code: every hyper-parameter, and the layer's own."""
+    args = vars(main.module.Args())
+    assert {name: value for name, value in args.items() if name not in RUN} == DEFAULTS[main.module.SCRIPT.name]
+    assert (args["eval_every"], args["eval_episodes"], args["total_timesteps"]) == (10_000, 5, 1_000_000)
+    if hasattr(main.module, "BatchRenorm"):
+        layer = main.module.BatchRenorm((1, 1))
+        assert (layer.eps, layer.momentum, layer.r_max, layer.d_max, layer.warmup) == (1e-3, 0.99, 3, 5, 100_000)
+
+
+CONTRACT = """env_id seed total_timesteps device critic_width actor_width batch_size buffer_size learning_starts gamma
+    utd policy_delay action_repeat eval_every eval_episodes run_name checkpoint_every resume evaluate capture_video
+    track compile""".split()
+
+
+@every_script
 def test_help_explains_every_flag(main, capsys):
     with pytest.raises(SystemExit) as e:
         main("--help")
     assert e.value.code == 0
     text = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    source = (ROOT / "crossq_sac.py").read_text().splitlines()
-    for field in dataclasses.fields(crossq_sac.Args):
-        (line,) = [x for x in source if re.match(rf"    {field.name}: ", x)]
-        comment = line.split("  # ")[1]
-        assert f"--{field.name.replace('_', '-')}" in text and comment[:30] in text, field.name
+    source = main.module.SCRIPT.read_text().splitlines()
+    assert set(CONTRACT) <= vars(main.module.Args()).keys()
+    for name in vars(main.module.Args()):
+        (line,) = [x for x in source if re.match(rf"    {name}: ", x)]
+        assert re.search(rf"{flag(name)}(?![\w-])", text) and line.split("  # ")[1][:30] in text, name
 
 
-def test_every_flag_is_used():
-    """No dead flag: each field is read somewhere outside its definition."""
-    source = (ROOT / "crossq_sac.py").read_text()
-    tree = ast.parse(source)
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    assert {f.name for f in dataclasses.fields(crossq_sac.Args)} <= read
+@every_script
+def test_every_flag_is_used(main):
+    """No dead flag: each field is read somewhere, as args.NAME."""
+    nodes = ast.walk(ast.parse(main.module.SCRIPT.read_text()))
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and re.search(r"\bargs$", ast.unparse(n.value))}
+    assert vars(main.module.Args()).keys() <= read
 
 
-# ------------------------------------------------------------------------------------ one file
+# ----------------------------------------------------------------------------------------- one file
 
 
-def test_alone_in_an_empty_folder_with_the_users_own_environment(run_script, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_alone_in_an_empty_folder_with_the_users_own_environment(tmp_path, script):
     """The file copied out runs by itself, and finds my_module in the current directory, not beside the script."""
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "copied.py").write_bytes((ROOT / "crossq_sac.py").read_bytes())
-    (tmp_path / "my_module.py").write_bytes((ROOT / "tests" / "tiny_envs.py").read_bytes())
-    arguments = ["my_module:Terminated-v0" if "tiny_envs" in a else a for a in TINY]
-    env = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
-    out = subprocess.run(
-        [sys.executable, "elsewhere/copied.py", *arguments], cwd=tmp_path, env=env, capture_output=True
-    )
-    assert out.returncode == 0, out.stderr
+    shutil.copy(ROOT / script, tmp_path / "elsewhere/copied.py")
+    shutil.copy(ROOT / "tests/tiny_envs.py", tmp_path / "my_module.py")
+    arguments = [*TINY, "--env-id", "my_module:Terminated-v0", "--run-name", "a", "--total-timesteps", "50"]
+    env = {k: v for k, v in environment().items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")}
+    arguments = [sys.executable, "elsewhere/copied.py", *arguments]
+    out = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (out.returncode, out.stderr) == (0, "") and len(evaluations(tmp_path / "runs/a")) == 2
 
 
 def test_import_has_no_side_effect(tmp_path):
     code = (
         "import os, signal, torch; state = lambda: (signal.getsignal(signal.SIGINT), torch.get_default_dtype(),"
-        "torch.get_float32_matmul_precision(), torch.get_rng_state().sum()); before = state();"
-        "import crossq_sac; assert before == state() and not os.listdir()"
+        "torch.get_float32_matmul_precision(), torch.get_rng_state().sum()); before = state()\n"
+        f"for name in {[script[:-3] for script in SCRIPTS]}: __import__(name); assert before == state(), name\n"
+        "assert not os.listdir()"
     )
     env = environment() | {"PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
 
 
-def test_inline_metadata_is_requirements_txt():
-    """PEP 723: `uv run crossq_sac.py` installs what requirements.txt does, less pytest."""
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
-    block = re.search(r"^# /// script\n((?:#.*\n)+)# ///$", (ROOT / "crossq_sac.py").read_text(), re.M).group(1)
-    metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
-    wanted = (ROOT / "requirements.txt").read_text().splitlines()
-    assert sorted(metadata["dependencies"]) == sorted(x for x in wanted if not x.startswith("pytest"))
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device"))])  # fmt: skip
-def test_smoke_on_mujoco(run_script, device):
-    """A few hundred steps of a real task as a user would start it, and its evaluation."""
-    flags = (
-        f"--env-id Hopper-v4 --critic-width 32 --learning-starts 100 --eval-every 200 --device {device} --compile off"
-    )
-    out = run_script("crossq_sac.py", *flags.split(), "--total-timesteps", 400, "--run-name", "smoke")
-    assert out.returncode == 0 and "Warning" not in out.stderr, out.stderr
-    out = run_script("crossq_sac.py", "--evaluate", "runs/smoke", "--eval-episodes", 2)
-    assert out.returncode == 0 and "runs/smoke at step 400" in out.stdout
+@every_script
+def test_smoke_on_mujoco(main, capsys, device):
+    """A real task; the policy that --evaluate loads, running statistics included, is the one that was evaluated."""
+    arguments = [*TINY, "--env-id", "Hopper-v4", "--device", device, "--run-name", "a", "--eval-episodes", 3]
+    assert main(*arguments) == 0
+    returns = [float(row["return"]) for row in evaluations("runs/a") if row["step"] == "150"]
+    assert json.loads(Path("runs/a/args.json").read_text())["device"].startswith("CPU") == (device == "cpu")
+    capsys.readouterr()
+    assert main("--evaluate", "runs/a") == 0
+    assert f"runs/a at step 150: {np.mean(returns):.1f} ± {np.std(returns):.1f}\n" == capsys.readouterr().out
 
 
 @pytest.mark.learning
@@ -602,5 +785,79 @@ def test_learns_inverted_pendulum(run_script, tmp_path):
     """At 20 000 steps it balances longer than TD3 did there: 666 of 1000, the authors' mean over 10 seeds (gym v1)."""
     flags = "--env-id InvertedPendulum-v4 --critic-width 256 --total-timesteps 20000 --run-name learning"
     assert run_script("crossq_sac.py", *flags.split(), timeout=3600).returncode == 0
-    rows = list(csv.DictReader(open(tmp_path / "runs/learning/evaluations.csv")))
-    assert np.mean([float(r["return"]) for r in rows if r["step"] == "20000"]) > 666
+    rows = evaluations(tmp_path / "runs/learning")
+    assert np.mean([float(row["return"]) for row in rows if row["step"] == "20000"]) > 666
+
+
+# ------------------------------------------------------------------------- one text in all scripts
+
+DIFFERENT = {  # what two scripts define in different words, and why
+    "Args": "own hyper-parameters and defaults",
+    "MLP": "sac_baseline.py has no normalisation",
+    "MLP.__init__": "sac_baseline.py has no normalisation",
+    "MLP.forward": "sac_baseline.py has no normalisation",
+    "Agent": "the algorithm",
+    "Agent.__init__": "target critic; TD3 has no temperature, and an actor of half the outputs",
+    "Agent.critic_loss": "the joint pass; TD3's target",
+    "Agent.actor_loss": "train and eval mode of batch renorm; TD3's loss",
+    "Agent.update": "target critic; TD3's actor update draws no noise",
+    "Agent.act": "eval mode of batch renorm; TD3's exploration noise",
+}
+OWN_IMPORTS = {"sac_baseline.py": {"import copy"}}  # for the target critic
+
+
+def definitions(script):
+    """Source text, decorators and all, of every top-level class, function and constant, and of a class's methods."""
+    source = (ROOT / script).read_text()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            yield ast.unparse(node.targets[0]), ast.get_source_segment(source, node)
+        for part in [node, *(node.body if isinstance(node, ast.ClassDef) else [])]:
+            if isinstance(part, ast.ClassDef | ast.FunctionDef):
+                start = min([part.lineno, *(decorator.lineno for decorator in part.decorator_list)])
+                name = part.name if part is node else f"{node.name}.{part.name}"
+                yield name, source.splitlines()[start - 1 : part.end_lineno]
+
+
+def test_definitions_are_the_same_text():
+    """But for those that differ on purpose; a needless entry of that list fails too."""
+    texts = {}
+    for script in SCRIPTS:
+        for name, text in definitions(script):
+            texts.setdefault(name, set()).add(str(text))
+    assert {name for name, versions in texts.items() if len(versions) > 1} == DIFFERENT.keys()
+
+
+def test_imports_are_the_same():
+    """But for a script's own needs; no script imports another."""
+    common = []
+    for script in SCRIPTS:
+        nodes = ast.parse((ROOT / script).read_text()).body
+        imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        own = OWN_IMPORTS.get(script, set())
+        assert own <= set(imports) and not any(Path(other).stem in " ".join(imports) for other in SCRIPTS)
+        common.append([line for line in imports if line not in own])
+    assert all(imports == common[0] for imports in common)
+
+
+def test_inline_metadata_is_requirements_txt():
+    """PEP 723: `uv run SCRIPT` installs what requirements.txt does, less pytest; the same text in every script."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    pattern = re.compile(r"^# /// script\n((?:#.*\n)+)# ///$", re.M)
+    (block,) = {pattern.search((ROOT / script).read_text()).group(1) for script in SCRIPTS}
+    metadata = tomllib.loads("".join(line[2:] + "\n" for line in block.splitlines()))
+    wanted = (ROOT / "requirements.txt").read_text().splitlines()
+    assert metadata["requires-python"] == ">=3.10"
+    assert sorted(metadata["dependencies"]) == sorted(x for x in wanted if not x.startswith("pytest"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_at_most_450_lines(script):
+    assert len((ROOT / script).read_text().splitlines()) <= 450
+
+
+def test_the_diff_from_sac_to_crossq_is_short():
+    """`diff sac_baseline.py crossq_sac.py` is the paper."""
+    a, b = ((ROOT / script).read_text().splitlines() for script in ("sac_baseline.py", "crossq_sac.py"))
+    lines = list(difflib.unified_diff(a, b, n=0, lineterm=""))[2:]
+    assert 0 < sum(line[0] in "+-" for line in lines) < 120
