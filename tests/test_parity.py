@@ -1,6 +1,8 @@
-"""Parity with sb3-contrib's CrossQ, which nobody here wrote: same weights, batches and noise, nine updates in a row.
+"""Parity with code that nobody here wrote: sb3-contrib's CrossQ and stable-baselines3's SAC.
 
-Its differences are undone one by one, visibly; everything else must agree, to 1e-5 and better, in float64.
+Same weights, batches and noise, nine updates in a row, in float64: losses, temperature, running statistics, target
+networks and weights must agree to 1e-8 (they do to 1e-11). Their differences are undone one by one, where the comments
+count them.
 """
 
 import gymnasium as gym
@@ -8,18 +10,22 @@ import pytest
 import torch
 
 import crossq_sac
+import sac_baseline
 
 sb3_contrib = pytest.importorskip("sb3_contrib", reason="pip install -r tests/requirements.txt")
 
 from sb3_contrib.common.torch_layers import BatchRenorm  # noqa: E402
+from stable_baselines3 import SAC  # noqa: E402
 from stable_baselines3.common.logger import configure  # noqa: E402
+from stable_baselines3.common.torch_layers import FlattenExtractor  # noqa: E402
 from stable_baselines3.common.type_aliases import ReplayBufferSamples  # noqa: E402
 
-OBS, ACTIONS, BATCH, WIDTH = 11, 3, 32, 24
+OBS, ACTIONS, BATCH, WIDTH, UPDATES = 11, 3, 32, 24, 9
+close = {"rel": 1e-8, "abs": 1e-8}
 
 
 class Box(gym.Env):
-    """Spaces only, with actions in [-1, 1]: there sb3-contrib's log-probabilities are ours."""
+    """Spaces only, with actions in [-1, 1]: there their log-probabilities are ours."""
 
     observation_space = gym.spaces.Box(-1, 1, (OBS,))
     action_space = gym.spaces.Box(-1, 1, (ACTIONS,))
@@ -27,80 +33,108 @@ class Box(gym.Env):
 
 @pytest.fixture
 def reference(monkeypatch):
-    model = sb3_contrib.CrossQ(
-        "MlpPolicy", Box(), batch_size=BATCH, device="cpu", policy_kwargs={"net_arch": [WIDTH, WIDTH]}
-    )
-    model.set_logger(configure(None, []))
-    # 1. Its batch variance is the unbiased one.
-    var = torch.Tensor.var
-    monkeypatch.setattr(torch.Tensor, "var", lambda self, dim: var(self, dim=dim, correction=0))
-    # 2. It adds 1e-6 inside the logarithm of the tanh correction.
-    model.actor.action_dist.epsilon = 0.0
-    # Its noise is kept, to be used again.
-    model.noise = []
-    model.policy.double()
+    """reference(class, ...) is their model in float64; model.noise keeps what it draws in a training step."""
 
-    def rsample(self, sample_shape=()):
-        model.noise.append(torch.randn_like(self.loc))
-        return self.loc + self.scale * model.noise[-1]
+    def make(algorithm, **arguments):
+        torch.manual_seed(0)
+        kwargs = {"batch_size": BATCH, "device": "cpu", "policy_kwargs": {"net_arch": [WIDTH, WIDTH]}}
+        model = algorithm("MlpPolicy", Box(), **kwargs, **arguments)
+        model.set_logger(configure(None, []))
+        model.policy.double()
+        model.log_ent_coef.data = model.log_ent_coef.data.double()
+        for net in model.policy.modules():  # their preprocessing casts observations to float32
+            if isinstance(net, FlattenExtractor):
+                net.register_forward_hook(lambda module, inputs, output: output.double())
+        # 1. They add 1e-6 inside the logarithm of the tanh correction.
+        model.actor.action_dist.epsilon = 0.0
+        # 2. Their temperature's loss is log alpha * (H - target), ours alpha * (H - target): the same sign, alpha times
+        #    the gradient.
+        model.log_ent_coef.register_hook(lambda gradient: gradient * model.log_ent_coef.detach().exp())
+        model.noise = []
 
-    monkeypatch.setattr(torch.distributions.Normal, "rsample", rsample)
-    return model
+        def rsample(self, sample_shape=()):
+            model.noise.append(torch.randn(self.loc.shape, dtype=self.loc.dtype))
+            return self.loc + self.scale * model.noise[-1]
+
+        monkeypatch.setattr(torch.distributions.Normal, "rsample", rsample)
+        return model
+
+    return make
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
-    """sb3-contrib's weights and running statistics under our names and in our shapes."""
-    critics, actor, out = model.critic.q_networks, [model.actor.latent_pi], {}
-    for prefix, nets, lead in (("critic", critics, (len(critics),)), ("actor", actor, ())):
-        norms = [[m for m in net if isinstance(m, BatchRenorm)] for net in nets]
-        linears = [[m for m in net if isinstance(m, torch.nn.Linear)] for net in nets]
-
-        def put(name, tensors, shape):
-            out[name] = torch.stack(list(tensors)).detach().clone().reshape(shape)  # noqa: B023
-
-        for k in range(3):
-            for ours, theirs in {
-                "scale": "scale", "bias": "bias", "running_mean": "ra_mean", "running_var": "ra_var"
-            }.items():  # fmt: skip
-                put(f"{prefix}.norms.{k}.{ours}", (getattr(n[k], theirs) for n in norms), (*lead, 1, -1))
-            out[f"{prefix}.norms.{k}.steps"] = norms[0][k].steps.clone()
-        for k, layer in enumerate(["dense.0", "dense.1", "head"][: len(linears[0])]):
-            shape = (*lead, linears[0][k].in_features, linears[0][k].out_features)
-            put(f"{prefix}.{layer}.weight", (net[k].weight.T for net in linears), shape)
-            put(f"{prefix}.{layer}.bias", (net[k].bias for net in linears), (*lead, 1, shape[-1]))
-    heads = [model.actor.mu, model.actor.log_std]
-    out["actor.head.weight"] = torch.cat([h.weight.detach().T for h in heads], 1)
-    out["actor.head.bias"] = torch.cat([h.bias.detach() for h in heads])[None]
-    return out | {"log_alpha": model.log_ent_coef.detach()[0].double()}
+    """Their weights and running statistics under our names and in our shapes."""
+    nets = {"critic": model.critic.q_networks, "actor": [[*model.actor.latent_pi, model.actor.mu, model.actor.log_std]]}
+    if hasattr(model, "critic_target"):
+        nets["target_critic"] = model.critic_target.q_networks
+    out = {"log_alpha": model.log_ent_coef[0]}
+    for prefix, members in nets.items():
+        join = torch.stack if "critic" in prefix else torch.cat  # our critics are one ensemble
+        norms = [[m for m in net if isinstance(m, BatchRenorm)] for net in members]
+        for k, layers in enumerate(zip(*norms)):
+            names = {"scale": "scale", "bias": "bias", "running_mean": "ra_mean", "running_var": "ra_var"}
+            for ours, theirs in names.items():
+                out[f"{prefix}.norms.{k}.{ours}"] = join([getattr(layer, theirs)[None] for layer in layers])
+            out[f"{prefix}.norms.{k}.steps"] = layers[0].steps
+        linears = [[m for m in net if isinstance(m, torch.nn.Linear)] for net in members]
+        for k, layers in enumerate(zip(*linears)):
+            out[f"{prefix}.weights.{k}"] = join([layer.weight.T for layer in layers])
+            out[f"{prefix}.biases.{k}"] = join([layer.bias[None] for layer in layers])
+    for name in ("actor.weights", "actor.biases"):  # our actor's last layer holds both heads: mean, log_std
+        out[f"{name}.2"] = torch.cat([out.pop(f"{name}.{k}") for k in (2, 3)], -1)
+    return {name: tensor.detach().clone() for name, tensor in out.items()}
 
 
-def test_nine_updates_agree_with_sb3_contrib(reference):
-    """Losses, weights and running statistics, over three policy delays."""
-    torch.manual_seed(0)
-    args = crossq_sac.Args(critic_width=WIDTH, actor_width=WIDTH, batch_size=BATCH, compile="off")
-    agent = crossq_sac.Agent(OBS, ACTIONS, args).double()
-    missing, unexpected = agent.load_state_dict(weights_of(reference), strict=False)
-    assert not missing and not unexpected
-    for update in range(1, 10):
+def compare(model, module, draws, policy_delay, monkeypatch):
+    """UPDATES times model.train() beside agent.update(); `draws` says what their noise is for, in their order."""
+    args = module.Args(critic_width=WIDTH, actor_width=WIDTH, batch_size=BATCH, compile="off")
+    agent = module.Agent(OBS, ACTIONS, args).double()
+    agent.load_state_dict(weights_of(model))  # strict: every tensor of ours has one of theirs
+    queue = []
+    monkeypatch.setattr(torch, "randn_like", lambda x, generator=None: queue.pop(0))
+    for update in range(1, UPDATES + 1):
         obs, next_obs = torch.randn(2, BATCH, OBS).double()
         action, reward = torch.rand(BATCH, ACTIONS).double() * 2 - 1, torch.randn(BATCH).double()
         done = (torch.rand(BATCH) < 0.1).double()
         samples = ReplayBufferSamples(obs, action, next_obs, done[:, None], reward[:, None], None)
-        reference.replay_buffer.sample = lambda *_, samples=samples, **__: samples
-        reference.noise.clear()
-        reference.train(gradient_steps=1, batch_size=BATCH)
-        logged = reference.logger.name_to_value
-        info = agent.update_critic(obs, action, reward, done, next_obs, reference.noise[0])
-        assert info["critic_loss"].item() == pytest.approx(logged["train/critic_loss"], rel=1e-5, abs=1e-5)
-        if update % 3 == 0:
-            info = agent.update_actor(obs, reference.noise[1])
-            assert info["actor_loss"].item() == pytest.approx(logged["train/actor_loss"], rel=1e-5, abs=1e-5)
-            # 3. It takes log alpha in place of alpha in the temperature's loss: another step size, the same sign.
-            moved = agent.log_alpha.detach() - reference.log_ent_coef.detach()[0]
-            assert abs(moved) < 1e-3
-            with torch.no_grad():
-                reference.log_ent_coef.fill_(agent.log_alpha)
-        assert len(reference.noise) == 1 + (update % 3 == 0)
+        model.replay_buffer.sample = lambda *_, samples=samples, **__: samples
+        model.noise.clear()
+        before = agent.log_alpha.item()
+        model.train(gradient_steps=1, batch_size=BATCH)
+        logged = model.logger.name_to_value
+        noise, moves = dict(zip(draws, model.noise)), update % policy_delay == 0
+        assert len(model.noise) == 1 + moves
+        queue[:] = [noise[name] for name in ("next_obs", "obs") if name in noise]  # our order
+        info = agent.update([obs, action, reward, done, next_obs], None)
+        assert not queue and ("losses/actor" in info) == moves
+        assert info["losses/critic"].item() == pytest.approx(logged["train/critic_loss"], **close)
+        if moves:
+            # Both actor losses take the alpha from before the temperature's step.
+            assert info["losses/actor"].item() == pytest.approx(logged["train/actor_loss"], **close)
+            assert info["diagnostics/alpha"].log().item() == pytest.approx(before, abs=1e-12)
+            assert abs(agent.log_alpha.item() - before) > 1e-4
+            assert agent.log_alpha.grad.item() == pytest.approx(model.log_ent_coef.grad.item(), **close)
         ours = agent.state_dict()
-        for name, theirs in weights_of(reference).items():
-            assert torch.allclose(ours[name], theirs, rtol=1e-5, atol=1e-5), (update, name)
+        for name, theirs in weights_of(model).items():
+            assert torch.allclose(ours[name], theirs, rtol=1e-8, atol=1e-8), (update, name)
+
+
+def test_nine_updates_agree_with_sb3_contrib(reference, monkeypatch):
+    """crossq_sac.py against CrossQ, over three policy delays."""
+    model = reference(sb3_contrib.CrossQ)
+    # 3. Its batch variance is the unbiased one.
+    var = torch.Tensor.var
+    monkeypatch.setattr(torch.Tensor, "var", lambda self, dim: var(self, dim=dim, correction=0))
+    # Its form of r and d, and `>` for the end of the warm-up, differ too, but only after 100 000 updates.
+    compare(model, crossq_sac, ["next_obs", "obs"], 3, monkeypatch)
+
+
+def test_nine_updates_agree_with_stable_baselines3(reference, monkeypatch):
+    """sac_baseline.py against SAC, target networks too."""
+    arguments = {"learning_rate": 1e-3, "ent_coef": "auto_1.0", "tau": 0.005, "gamma": 0.99}
+    model = reference(SAC, **arguments)
+    with torch.no_grad():  # a target network that follows the critic from afar: mistaking one for the other shows
+        for p in model.critic_target.parameters():
+            p += 0.1 * torch.randn_like(p)
+    # 3. It draws the noise of pi(obs) before that of pi(next_obs).
+    compare(model, sac_baseline, ["obs", "next_obs"], 1, monkeypatch)

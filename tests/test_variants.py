@@ -1,0 +1,423 @@
+"""What is particular to sac_baseline.py and to crossq_td3.py, against formulas written down here a second time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+import crossq_td3
+import sac_baseline
+
+OBS, ACTIONS, BATCH, GAMMA = 5, 2, 64, 0.9
+SCRIPTS = pytest.mark.parametrize("script", [sac_baseline, crossq_td3], ids=["sac", "td3"])
+
+
+def make_batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    obs, next_obs = torch.randn(2, BATCH, OBS, generator=g).double()
+    next_obs = 2 * next_obs + 0.5  # distributed unlike obs: batch statistics of one half are not those of both
+    action = torch.rand(BATCH, ACTIONS, generator=g).double() * 2 - 1
+    reward, done = torch.randn(BATCH, generator=g).double(), (torch.rand(BATCH, generator=g) < 0.25).double()
+    return [obs, action, reward, done, next_obs]
+
+
+def make_agent(script, updates=0, **changes):
+    """A small agent in float64, after some updates: nothing is at its initial value, nor the same as anything else."""
+    torch.manual_seed(0)
+    small = {"critic_width": 16, "actor_width": 16, "batch_size": BATCH, "gamma": GAMMA, "compile": "off"}
+    agent = script.Agent(OBS, ACTIONS, script.Args(**small | {"critic_lr": 0.01, "actor_lr": 0.01} | changes)).double()
+    for i in range(updates):
+        agent.update(make_batch(i), torch.Generator().manual_seed(i))
+    return agent
+
+
+def noise(scale=1.0):
+    return scale * torch.randn(BATCH, ACTIONS, generator=torch.Generator().manual_seed(99)).double()
+
+
+def forward(net, x, norm=None, seen=None):
+    """The network's output by hand; norm: None, "batch" (statistics of x) or "running". `seen` keeps the norms' inputs.
+
+    "batch" is CrossQ's training mode here: these tests stay in its warm-up, which is plain batch norm.
+    """
+    for k, (weight, bias) in enumerate(zip(net.weights, net.biases)):
+        x = x.clamp(min=0) if k else x
+        if norm:
+            layer = net.norms[k]
+            mean, var = layer.running_mean, layer.running_var
+            if norm == "batch":
+                mean, var = x.mean(-2, keepdim=True), x.var(-2, correction=0, keepdim=True)
+            if seen is not None:
+                seen.append(x.detach())
+            x = (x - mean) / torch.sqrt(var + 1e-3) * layer.scale + layer.bias
+        x = torch.matmul(x, weight) + bias
+    return x
+
+
+def copy_of(net) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_gradients(agent, optimizer, loss, arguments, expected_loss, names):
+    """descend() leaves the gradient of expected_loss in the optimizer's parameters, which are `names` and no others."""
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = {name: p for name, p in agent.named_parameters() if id(p) in ours}
+    assert {name.split(".")[0] for name in named} == names and len(ours) == len(named)
+    assert ours == {id(p) for name, p in agent.named_parameters() if name.split(".")[0] in names}
+    gradients = torch.autograd.grad(expected_loss, list(named.values()))
+    agent.descend(optimizer, loss, *arguments)
+    for (name, p), expected in zip(named.items(), gradients):
+        assert expected.abs().max() > 1e-6 and torch.allclose(p.grad, expected, rtol=1e-7, atol=1e-9), name
+
+
+def both_are_lowest_somewhere(q):
+    """Otherwise the minimum over both critics is no test of it."""
+    return 0.05 < (q[0] < q[1]).double().mean() < 0.95
+
+
+@pytest.fixture
+def run_loop(tmp_path, monkeypatch):
+    """run_loop(script, flags, updates=True): the script's own loop on a tiny environment; its agent and its buffer.
+
+    Also the initial state of the agent, and all noise that it acted on; updates=False leaves the updates out.
+    """
+
+    def run(script, flags, updates=True):
+        made = {"acted": []}
+
+        class Agent(script.Agent):
+            def __init__(self, *args):
+                super().__init__(*args)
+                made["agent"], made["initial"] = self, copy_of(self)
+
+            def act(self, obs, noise):
+                made["acted"].append(noise.clone())
+                return super().act(obs, noise)
+
+            def update(self, *args):
+                return super().update(*args) if updates else {}
+
+        class ReplayBuffer(script.ReplayBuffer):
+            def __init__(self, *args):
+                super().__init__(*args)
+                made["buffer"] = self
+
+        small = "--critic-width 16 --actor-width 16 --batch-size 32 --compile off --device cpu --eval-every 1000000"
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "Agent", Agent)
+            patch.setattr(script, "ReplayBuffer", ReplayBuffer)
+            patch.setattr(script.signal, "signal", lambda *_: None)
+            patch.chdir(tmp_path)
+            assert script.main([*small.split(), *flags.split()]) == 0
+        return made
+
+    return run
+
+
+# ------------------------------------------------------------------------------ both scripts
+
+
+def test_settings():
+    """Table 1 of the CrossQ paper, and TD3's noise."""
+    shared = {"n_critics": 2, "actor_width": 256, "utd": 1, "batch_size": 256, "buffer_size": 1_000_000, "gamma": 0.99}
+    shared |= {"learning_starts": 5000, "critic_lr": 1e-3, "actor_lr": 1e-3}
+    sac = {"critic_width": 256, "adam_beta1": 0.9, "tau": 0.005, "policy_delay": 1, "alpha": 1.0, "alpha_lr": 1e-3}
+    td3 = {"critic_width": 2048, "adam_beta1": 0.5, "policy_delay": 3, "bn_momentum": 0.99, "brn_warmup": 100_000}
+    td3 |= {"exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5}
+    for script, settings, beta in ((sac_baseline, sac, 0.9), (crossq_td3, td3, 0.5)):
+        args = vars(script.Args())
+        assert {name: args[name] for name in shared | settings} == shared | settings
+        agent = make_agent(script, critic_lr=1e-3, actor_lr=1e-3)
+        groups = [group for optimizer in (agent.critic_opt, agent.actor_opt) for group in optimizer.param_groups]
+        rates = [(group["lr"], group["betas"], group["eps"], group["weight_decay"]) for group in groups]
+        assert rates[:2] == 2 * [(1e-3, (beta, 0.999), 1e-8, 0)]
+        assert rates[2:] == [(1e-3, (0.9, 0.999), 1e-8, 0)] * (script is sac_baseline)  # the temperature
+
+
+@SCRIPTS
+def test_both_updates_take_the_batch_and_noise_of_their_own(script):
+    """Standard normal, independent per row, dimension and update, and in SAC between the critic's and the actor's."""
+    agent, calls = make_agent(script, policy_delay=1), {"critic_loss": [], "actor_loss": []}
+    for name in calls:
+        loss = getattr(agent, name)
+        setattr(agent, name, lambda *batch, name=name, loss=loss: calls[name].append(batch) or loss(*batch))
+    rng, batch = torch.Generator().manual_seed(0), [torch.cat([x] * 32) for x in make_batch()]
+    for _ in range(2):
+        agent.update(batch, rng)
+    critic, actor = calls.values()
+    assert len(critic) == len(actor) == 2 and all(obs is batch[0] for obs, *_ in actor)
+    assert all(len(call) == 6 and all(a is b for a, b in zip(call, batch)) for call in critic)
+    drawn = torch.cat([call[-1] for call in (critic + actor if script is sac_baseline else critic)], -1)
+    assert drawn.shape == (32 * BATCH, ACTIONS * (4 if script is sac_baseline else 2))
+    assert torch.allclose(drawn.T.cov(), torch.eye(drawn.shape[1]).double(), atol=0.15)
+    assert drawn.mean(0).abs().max() < 0.1 and drawn[:, 0].unique().numel() > 2000
+
+
+# -------------------------------------------------------------------------------------- SAC
+
+
+def distribution(agent, obs):
+    """torch's own tanh-squashed Gaussian, with the log_std clipped to [-20, 2]."""
+    mean, log_std = forward(agent.actor, obs).split(ACTIONS, -1)
+    normal = Normal(mean, log_std.clip(-20, 2).exp())
+    return normal, TransformedDistribution(Independent(normal, 1), [TanhTransform()])
+
+
+def sample(agent, obs, standard_normal):
+    normal, squashed = distribution(agent, obs)
+    u = normal.mean + normal.stddev * standard_normal
+    action = torch.tanh(u)
+    # Independent's log-prob of u, less the log-determinant of tanh, as the definition has it
+    return action, squashed.base_dist.log_prob(u) - torch.log(1 - action**2).sum(-1)
+
+
+def test_sac_critic_gradient_is_that_of_the_target_network():
+    """r + gamma (1 - done) (min of BOTH target critics - alpha log pi), where the target network is not the critic."""
+    agent, batch = make_agent(sac_baseline, updates=9), make_batch(50)
+    obs, action, reward, done, next_obs = batch
+    with torch.no_grad():
+        agent.log_alpha.fill_(math.log(0.3))
+        next_action, log_prob = sample(agent, next_obs, noise())
+        next_pair = torch.cat([next_obs, next_action], -1)
+        next_q = forward(agent.target_critic, next_pair)[..., 0]
+        online = forward(agent.critic, next_pair)[..., 0]
+        assert both_are_lowest_somewhere(next_q) and (next_q - online).abs().mean() > 0.01
+        target = reward + GAMMA * (1 - done) * (torch.minimum(next_q[0], next_q[1]) - 0.3 * log_prob)
+    q = forward(agent.critic, torch.cat([obs, action], -1))[..., 0]
+    loss = ((q[0] - target) ** 2).mean() / 2 + ((q[1] - target) ** 2).mean() / 2
+    assert_gradients(agent, agent.critic_opt, agent.critic_loss, (*batch, noise()), loss, {"critic"})
+
+
+def test_sac_actor_gradient_is_that_of_the_critic():
+    """alpha log pi - min over BOTH critics, not their targets; the temperature's: alpha (H + dim A), alpha trained."""
+    agent, obs = make_agent(sac_baseline, updates=9), make_batch(50)[0]
+    with torch.no_grad():
+        agent.log_alpha.fill_(math.log(0.3))
+    action, log_prob = sample(agent, obs, noise())
+    q = forward(agent.critic, torch.cat([obs, action], -1))[..., 0]
+    assert both_are_lowest_somewhere(q)
+    loss = (0.3 * log_prob - torch.minimum(q[0], q[1])).mean()
+    loss = loss + agent.log_alpha.exp() * (-log_prob.detach().mean() + ACTIONS)
+    critics = copy_of(agent.critic), copy_of(agent.target_critic)
+    assert_gradients(agent, agent.actor_opt, agent.actor_loss, (obs, noise()), loss, {"actor", "log_alpha"})
+    assert same(critics[0], copy_of(agent.critic)) and same(critics[1], copy_of(agent.target_critic))
+
+
+def test_log_std_is_clipped_and_extreme_actions_have_finite_log_probs():
+    agent, obs = make_agent(sac_baseline), make_batch()[0]
+    for bias, log_std in ((50.0, 2.0), (-50.0, -20.0)):
+        with torch.no_grad():
+            agent.actor.biases[2][0, ACTIONS:] = bias
+            mean = forward(agent.actor, obs)[:, :ACTIONS]
+            action, log_prob = agent.policy(obs, noise())
+            u = mean + math.exp(log_std) * noise()
+            assert torch.allclose(action, u.tanh()) and log_prob.isfinite().all()
+
+
+def polyak(target: dict, critics: list[dict], tau: float) -> dict:
+    for critic in critics:
+        target = {name: (1 - tau) * target[name] + tau * critic[name] for name in target}
+    return target
+
+
+@pytest.mark.parametrize("tau", [0.005, 0.3, 1.0])
+def test_target_network_follows_every_critic_update_by_tau(tau):
+    """From a start equal to the critic; with tau 1 it is a copy, bit for bit."""
+    agent = make_agent(sac_baseline, tau=tau)
+    start, critics = copy_of(agent.critic), []
+    assert same(start, copy_of(agent.target_critic)) and start.keys() == copy_of(agent.target_critic).keys()
+    for i in range(7):
+        agent.update(make_batch(i), torch.Generator().manual_seed(i))
+        critics.append(copy_of(agent.critic))
+        expected = polyak(start, critics, tau)
+        for name, tensor in agent.target_critic.state_dict().items():
+            assert torch.allclose(tensor, expected[name], rtol=0, atol=1e-12)
+            assert not torch.equal(tensor, start[name])
+        assert same(critics[-1], copy_of(agent.target_critic)) == (tau == 1)
+
+
+def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeypatch, tmp_path):
+    """Averaged after each of the five updates, not once per step; and it is in the checkpoint, and in a resumed run."""
+    critics, descend = [], sac_baseline.Agent.descend
+
+    def spy(self, optimizer, *rest):
+        info = descend(self, optimizer, *rest)
+        if optimizer is self.critic_opt:
+            critics.append(copy_of(self.critic))
+        return info
+
+    monkeypatch.setattr(sac_baseline.Agent, "descend", spy)
+    flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 50 --learning-starts 40 --utd 5 --critic-lr 0.02"
+    made = run_loop(sac_baseline, flags + " --run-name a")
+    assert len(critics) == 50
+    start = {name: made["initial"][f"critic.{name}"] for name in critics[0]}
+    for name, expected in polyak(start, critics, 0.005).items():
+        tensor = made["agent"].target_critic.state_dict()[name]
+        assert torch.allclose(tensor, expected, rtol=0, atol=1e-5)  # float32
+        assert torch.equal(made["initial"][f"target_critic.{name}"], start[name])
+        assert (tensor - start[name]).abs().max() > 5e-3
+    saved = torch.load(tmp_path / "runs/a/checkpoint.pt", weights_only=True)["agent"]
+    target = {f"target_critic.{name}": tensor for name, tensor in made["agent"].target_critic.state_dict().items()}
+    assert target.keys() < saved.keys() and same(target, saved)
+    resumed = run_loop(sac_baseline, "--resume runs/a", updates=False)["agent"]
+    assert resumed is not made["agent"] and same(copy_of(made["agent"]), copy_of(resumed))
+
+
+def test_target_network_is_not_trained():
+    """No gradient, no optimiser state, no memory shared with the critic."""
+    agent = make_agent(sac_baseline, updates=3)
+    targets = list(agent.target_critic.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in targets)
+    assert not {p.data_ptr() for p in targets} & {p.data_ptr() for p in agent.critic.parameters()}
+    owned = {id(p) for p in agent.critic.parameters()}, {id(p) for p in [*agent.actor.parameters(), agent.log_alpha]}
+    for optimizer, parameters in zip((agent.critic_opt, agent.actor_opt), owned):
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == parameters
+        assert {id(p) for p in optimizer.state} == parameters
+
+
+def test_sac_has_no_normalisation():
+    """Weights and biases only; no buffers; a row's Q-value depends on no other row and on no mode."""
+    agent, (obs, action, *_) = make_agent(sac_baseline, updates=2), make_batch()
+    assert not hasattr(sac_baseline, "BatchRenorm") and not list(agent.buffers())
+    for net, n_in in ((agent.critic, OBS + ACTIONS), (agent.target_critic, OBS + ACTIONS), (agent.actor, OBS)):
+        names = {f"{kind}.{k}" for kind in ("weights", "biases") for k in range(3)}
+        assert {name for name, _ in net.named_parameters()} == names
+        x = torch.cat([obs, action], -1)[:, :n_in]
+        whole = net.train()(x)
+        assert torch.allclose(whole, forward(net, x)) and torch.equal(whole, net.eval()(x))
+        assert torch.allclose(whole[..., :1, :], net(x[:1]))
+
+
+@pytest.mark.parametrize(("script", "delay"), [(sac_baseline, None), (sac_baseline, 2), (crossq_td3, None)])
+def test_policy_delay(script, delay):
+    """The actor, and the temperature, move with every `delay`-th critic update; SAC's default is 1, TD3's 3."""
+    agent = make_agent(script, **{"policy_delay": delay} if delay else {})
+    delay = delay or (1 if script is sac_baseline else 3)
+    for i in range(1, 7):
+        before = copy_of(agent)
+        agent.update(make_batch(i), torch.Generator().manual_seed(i))
+        moved = {name for name, tensor in agent.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert {name for name in moved if name.startswith("critic.")}
+        actor = {name for name in before if name.startswith(("actor.", "log_alpha"))}
+        assert moved & actor == (actor if i % delay == 0 else set())
+
+
+# -------------------------------------------------------------------------------------- TD3
+
+
+def test_td3_actor_is_deterministic_and_bounded():
+    """tanh of the eval-mode actor's output, one output per dimension, also where it saturates."""
+    agent = make_agent(crossq_td3, updates=9)
+    for scale in (1, 100):
+        obs = np.random.default_rng(0).normal(size=OBS) * scale
+        expected = torch.tanh(forward(agent.actor, torch.from_numpy(obs)[None], "running"))[0].detach()
+        for _ in range(2):
+            action = agent.act(obs, torch.zeros(ACTIONS).double())
+            assert action.shape == (ACTIONS,) and np.allclose(action, expected, atol=1e-12)
+            assert np.abs(action).max() <= 1
+            agent.actor.train()  # the mode an actor update leaves
+    assert agent.actor.weights[2].shape == (16, ACTIONS)
+
+
+def test_td3_exploration_noise_is_clipped():
+    agent, obs = make_agent(crossq_td3, updates=9), np.ones(OBS)
+    action = agent.act(obs, torch.zeros(ACTIONS).double())
+    for n in ([0.5, -1.0], [100.0, -100.0], [-100.0, 100.0]):
+        expected = np.clip(action + 0.1 * np.array(n), -1, 1)
+        assert np.allclose(agent.act(obs, torch.tensor(n).double()), expected, atol=1e-12)
+
+
+def test_td3_exploration_in_the_loop(run_loop):
+    """Uniform warm-up actions without noise; then the policy's with noise of std 0.1, independent per dimension."""
+    flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 3400 --learning-starts 400 --buffer-size 4000"
+    made = run_loop(crossq_td3, flags, updates=False)
+    obs, action, *_ = made["buffer"].rows[:3400].split(made["buffer"].widths, -1)
+    rng = torch.Generator().manual_seed(1)  # the run's own generator: the actions are its first numbers
+    assert torch.equal(action[:400], torch.stack([torch.rand(2, generator=rng) * 2 - 1 for _ in range(400)]))
+    assert len(made["acted"]) == 3000 and made["acted"][0].shape == (2,)
+    with torch.no_grad():
+        deterministic = torch.tanh(forward(made["agent"].actor, obs[400:], "running"))
+    added = action[400:] - deterministic
+    assert action.abs().max() <= 1 and deterministic.abs().max() < 0.6  # so that none is clipped
+    assert torch.allclose(added, 0.1 * torch.stack(made["acted"]), atol=1e-6)
+    assert torch.allclose(added.std(0), torch.tensor(0.1), rtol=0.06) and added.mean(0).abs().max() < 0.01
+    both = torch.cat([added[:-1], added[1:]], -1)  # this step's and the next one's
+    assert (both.T.corrcoef() - torch.eye(4)).abs().max() < 0.08
+
+
+def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
+    """a' of the eval-mode actor, both clips at work; min over BOTH critics of the same pass; no entropy."""
+    agent, batch = make_agent(crossq_td3, updates=9), make_batch(50)
+    obs, action, reward, done, next_obs = batch
+    with torch.no_grad():
+        smoothing = 0.2 * noise(2.0)
+        assert 0.05 < (smoothing.abs() > 0.5).double().mean() < 0.5
+        free = torch.tanh(forward(agent.actor, next_obs, "running")) + smoothing.clip(-0.5, 0.5)
+        assert 0.02 < (free.abs() > 1).double().mean() < 0.7
+        next_action = free.clip(-1, 1)
+    seen = []
+    obs_both, action_both = torch.cat([obs, next_obs]), torch.cat([action, next_action])
+    q = forward(agent.critic, torch.cat([obs_both, action_both], 1), "batch", seen)[..., 0]
+    q, next_q = q[:, :BATCH], q[:, BATCH:].detach()
+    assert both_are_lowest_somewhere(next_q)
+    target = reward + GAMMA * (1 - done) * torch.minimum(next_q[0], next_q[1])
+    loss = ((q[0] - target) ** 2).mean() / 2 + ((q[1] - target) ** 2).mean() / 2
+    before = copy_of(agent)
+    agent.actor.train(), agent.critic.eval()  # the modes an actor update leaves
+    assert_gradients(agent, agent.critic_opt, agent.critic_loss, (*batch, noise(2.0)), loss, {"critic"})
+    # The statistics are those of both halves, in all three layers; the actor and its statistics stay.
+    for k, x in enumerate(seen):
+        layer, old = (
+            agent.critic.norms[k],
+            {name: before[f"critic.norms.{k}.running_{name}"] for name in ("mean", "var")},
+        )
+        assert x.shape[-2] == 2 * BATCH and layer.steps == 10
+        assert torch.allclose(layer.running_mean, 0.99 * old["mean"] + 0.01 * x.mean(-2, keepdim=True))
+        variance = x.var(-2, correction=0, keepdim=True)
+        assert torch.allclose(layer.running_var, 0.99 * old["var"] + 0.01 * variance)
+    assert all(torch.equal(tensor, before[f"actor.{name}"]) for name, tensor in agent.actor.state_dict().items())
+
+
+def test_td3_actor_gradient_is_that_of_the_minimum_of_eval_mode_critics():
+    """-min over BOTH critics, the actor in training mode on s alone, no noise; only the actor moves."""
+    agent, obs = make_agent(crossq_td3, updates=9), make_batch(50)[0]
+    seen = []
+    action = torch.tanh(forward(agent.actor, obs, "batch", seen))
+    q = forward(agent.critic, torch.cat([obs, action], -1), "running")[..., 0]
+    assert both_are_lowest_somewhere(q)
+    before = copy_of(agent)
+    agent.critic.train(), agent.actor.eval()  # the modes a critic update leaves
+    assert_gradients(agent, agent.actor_opt, agent.actor_loss, (obs,), -torch.minimum(q[0], q[1]).mean(), {"actor"})
+    for k, x in enumerate(seen):
+        layer = agent.actor.norms[k]
+        assert layer.steps == 4  # after updates 3, 6, 9 and this one
+        old = before[f"actor.norms.{k}.running_mean"]
+        assert torch.allclose(layer.running_mean, 0.99 * old + 0.01 * x.mean(-2, keepdim=True))
+    assert all(torch.equal(tensor, before[f"critic.{name}"]) for name, tensor in agent.critic.state_dict().items())
+
+
+def test_td3_statistics_move_in_their_own_updates_only():
+    agent = make_agent(crossq_td3)
+    for i in range(1, 7):
+        agent.update(make_batch(i), torch.Generator().manual_seed(i))
+        before = copy_of(agent)
+        agent.act(np.ones(OBS), noise()[0])
+        assert same(before, copy_of(agent))
+        assert [layer.steps.item() for layer in agent.critic.norms] == [i] * 3
+        assert [layer.steps.item() for layer in agent.actor.norms] == [i // 3] * 3
+
+
+def test_td3_has_neither_target_networks_nor_a_temperature():
+    """The critic and the actor are all there is: in the state, among the modules and in the optimisers."""
+    agent = make_agent(crossq_td3, updates=3)
+    assert {name.split(".")[0] for name in agent.state_dict()} == {"critic", "actor"}
+    assert {name for name, _ in agent.named_children()} == {"critic", "actor"}
+    assert not {"tau", "alpha", "alpha_lr"} & set(vars(agent.args))
+    hidden = [v for k, v in vars(agent).items() if isinstance(v, torch.nn.Module | list | tuple | torch.Tensor)]
+    assert not hidden
