@@ -378,9 +378,9 @@ def train(args: Args, checkpoint: dict) -> int:
     table = csv.writer(open(run_dir / "evaluations.csv", "w", buffering=1, newline=""))  # flushed at each row's end
     table.writerows([("step", "episode", "return", "length", "success"), *evaluations])
     writer = SummaryWriter(run_dir, purge_step=step + 1)
-    sizes = [f"{sum(p.numel() for p in net.parameters()):,}" for net in (agent.actor, agent.critic)]
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in agent.named_children())
     advice = "; slow on a CPU, try --critic-width 256" if device.type == "cpu" and args.critic_width > 512 else ""
-    print(f"{run_dir}: {args.env_id} on {hardware}; parameters: actor {sizes[0]}, critic {sizes[1]}{advice}")
+    print(f"{run_dir}: {args.env_id} on {hardware}; {sizes} parameters; buffer {buffer.rows.nbytes:,} bytes{advice}")
     progress = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
     stop, info, first_step, start = [], {}, step, time.perf_counter()
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -630,7 +630,7 @@ def test_one_line_says_what_runs(main, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     actor = main.module.MLP(3, 16, 2 * 2, main.module.Args())
     assert line.startswith("runs/a: tiny_envs:Truncated-v0 on CPU") and "--critic-width 256" in line
-    assert f"actor {sum(p.numel() for p in actor.parameters())}," in line
+    assert f"actor {sum(p.numel() for p in actor.parameters())} parameters; buffer 40,000,000 bytes" in line
 
 
 def test_video_of_an_evaluation(main, own_env, monkeypatch):

@@ -267,6 +267,7 @@ def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeyp
     assert target.keys() < saved.keys() and same(target, saved)
     resumed = run_loop(sac_baseline, "--resume runs/a", updates=False)["agent"]
     assert resumed is not made["agent"] and same(copy_of(made["agent"]), copy_of(resumed))
+    assert resumed.n_updates == 50  # the policy delay's phase
 
 
 def test_target_network_is_not_trained():
