@@ -283,7 +283,7 @@ def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
         success, terminated, truncated = "", False, False
         while not (terminated or truncated):
             obs, reward, terminated, truncated, info = env.step(agent.act(obs, zero))
-            check(np.isfinite([*obs, reward]).all(), f"in evaluation at step {step}: reward {reward}, obs {obs}", 1)
+            check(np.isfinite([*obs, reward]).all(), f"NaN or infinity in the evaluation at {step}, reward {reward}", 1)
             for key in {"solved", "is_success", "success"} & info.keys():
                 success = max(success or 0, int(info[key]))  # success at any time counts
         rows.append((step, episode, float(info["episode"]["r"]), int(info["episode"]["l"]), success))
@@ -401,14 +401,14 @@ def train(args: Args, checkpoint: dict) -> int:
             episode, actions = episode + 1, []
             obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
         ok = np.isfinite(np.hstack([last_obs, next_obs, obs, reward], dtype=np.float32)).all()
-        check(ok, f"the environment returned NaN or infinity at step {step}: {next_obs}, {obs}, reward {reward}", 1)
+        check(ok, f"NaN or infinity from the environment at step {step}: an observation, or the reward {reward}", 1)
         if agent_step > args.learning_starts:
             for _ in range(args.utd):
                 info |= agent.update(buffer.sample(args.batch_size, rng), rng)
-            check(all(map(math.isfinite, info.values())), f"NaN or infinity in a loss at step {step}: {info}", 1)
-        if info and agent_step % 1000 == 0:
             for key, value in info.items():
-                writer.add_scalar(key, value, step)
+                check(math.isfinite(value), f"{key} became NaN or infinite at step {step}", 1)
+                if agent_step % 1000 == 0:
+                    writer.add_scalar(key, value, step)
         if step % args.eval_every < repeat:
             rows = evaluate(agent, eval_env, step)
             evaluations += rows
