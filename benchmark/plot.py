@@ -4,7 +4,7 @@
 
 Reads benchmark/results/SETTING/ENV/SEED.csv (each an `evaluations.csv`), writes benchmark/results/curves.png and .svg
 and prints a Markdown table. Ours: mean over the seeds of the mean evaluation return, and their range. Published: mean
-over 10 seeds of the 2048-wide CrossQ and its 70 % interval, from benchmark/published/crossq_gym_lowstep.csv.
+over 10 seeds of the 2048-wide CrossQ and its 70 % interval, and SAC's band, from benchmark/published/.
 """
 
 import csv
@@ -48,7 +48,7 @@ def main() -> None:
     published = read_table(HERE / "published" / "crossq_gym_lowstep.csv")
     gates = read_table(HERE / "published" / "gate_bootstrap.csv")
     envs = sorted({env for by_env in ours.values() for env in by_env})
-    figure, axes = plt.subplots(1, len(envs), figsize=(5 * len(envs), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(envs), figsize=(5 * len(envs), 4.2), squeeze=False)
     for axis, env in zip(axes[0], envs):
         last = max(max(curve) for by_env in ours.values() for curve in by_env.get(env, []))
         rows = [r for r in published if r["env"] == env and int(r["env_step"]) <= last]
@@ -69,12 +69,12 @@ def main() -> None:
             x = np.array(steps) / 1000
             axis.plot(x, values.mean(0), color=colour, label=f"{setting}, this project ({len(curves)} seeds)")
             axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=env, xlabel="environment steps (thousands)", xlim=(0, last / 1000))
+        axis.set(title=env, xlabel="environment steps (thousands)", xlim=(0, 1.02 * last / 1000))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("evaluation return")
-    axes[0, 0].legend(loc="lower right", fontsize=8, frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
     for suffix in ("png", "svg"):
         figure.savefig(HERE / "results" / f"curves.{suffix}", dpi=150)
 
