@@ -233,8 +233,8 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs: np.ndarray, noise: torch.Tensor) -> np.ndarray:
         """obs [O] -> action [A] in [-1, 1]; noise [A] is standard normal, or zero for the deterministic policy."""
-        action, _ = self.policy(torch.from_numpy(obs).to(noise.device)[None], noise)
-        return action[0].cpu().numpy()
+        mean, log_std = self.actor(torch.from_numpy(obs).to(noise.device)[None])[0].chunk(2)  # policy, less log_prob
+        return (mean + log_std.clamp(-20, 2).exp() * noise).tanh().cpu().numpy()
 
 
 def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
