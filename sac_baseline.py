@@ -337,7 +337,7 @@ def train(args: Args, checkpoint: dict) -> int:
     about = {"args": vars(args), "device": hardware, "git": commit}
     about |= {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     (run_dir / "args.json").write_text(json.dumps(about, indent=2))
-    table = csv.writer(open(run_dir / "evaluations.csv", "w", buffering=1, newline=""))  # flushed at each row's end
+    table = csv.writer(open(run_dir / "evaluations.csv", "w", buffering=1), lineterminator="\n")  # flushed by the row
     table.writerows([("step", "episode", "return", "length", "success"), *evaluations])
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in agent.named_children())

@@ -560,6 +560,7 @@ def test_files_of_a_run(main):
     assert about["args"]["action_repeat"] == 2 and about["torch"] == torch.__version__
     assert {"device", "gymnasium", "mujoco", "numpy"} <= about.keys()
     rows = evaluations(run)
+    assert b"\r" not in (run / "evaluations.csv").read_bytes()
     assert list(rows[0]) == ["step", "episode", "return", "length", "success"]
     assert [(r["step"], r["episode"], float(r["return"]), r["length"], r["success"]) for r in rows] == [
         (step, episode, 10.0, "10", "") for step in ("1000", "2000") for episode in ("0", "1")
