@@ -67,7 +67,8 @@ def main() -> None:
             steps = sorted(set.intersection(*map(set, curves))) if curves else []
             values = np.array([[curve[s] for s in steps] for curve in curves])
             x = np.array(steps) / 1000
-            axis.plot(x, values.mean(0), color=colour, label=f"{setting}, this project ({len(curves)} seeds)")
+            seeds = " to ".join(map(str, sorted({len(c) for c in by_env.values()})))
+            axis.plot(x, values.mean(0), color=colour, label=f"{setting}, this project ({seeds} seeds)")
             axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
         axis.set(title=env, xlabel="environment steps (thousands)", xlim=(0, 1.02 * last / 1000))
         axis.grid(alpha=0.25)
