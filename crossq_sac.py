@@ -39,6 +39,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).resolve()
 MAY_CHANGE = "total_timesteps device compile eval_every eval_episodes checkpoint_every capture_video track".split()
+DMC = {"action_repeat": 2, "critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1}  # defaults for dm_control/... (A.1)
+MYO = {"action_repeat": 2, "gamma": 0.95}  # defaults for myo...
 
 
 @dataclasses.dataclass
@@ -50,8 +52,6 @@ class Args:
     critic_width: int = 2048  # units per hidden layer (paper 3.3; 256 is "CrossQ small")
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions in the ensemble
-    bn_momentum: float = 0.99  # share of the old running statistics kept at an update (PyTorch counts 1 - this)
-    brn_warmup: int = 100_000  # training forwards of plain batch norm before batch renorm (table 1)
     critic_lr: float = 1e-3  # Adam (table 1; DeepMind Control: 8e-4)
     actor_lr: float = 1e-3  # Adam (table 1; DeepMind Control: 8e-4)
     alpha_lr: float = 1e-3  # Adam, of the entropy temperature; 0 keeps it at --alpha
@@ -160,7 +160,7 @@ class MLP(nn.Module):
     def __init__(self, n_in: int, width: int, n_out: int, args: Args, ensemble: tuple = ()):
         super().__init__()
         sizes = (n_in, width, width, n_out)
-        self.norms = nn.ModuleList(BatchRenorm((*ensemble, 1, n), args.bn_momentum, args.brn_warmup) for n in sizes[:3])
+        self.norms = nn.ModuleList(BatchRenorm((*ensemble, 1, n)) for n in sizes[:3])
         self.weights = nn.ParameterList(torch.empty(*ensemble, n, m) for n, m in zip(sizes, sizes[1:]))
         self.biases = nn.ParameterList(torch.zeros(*ensemble, 1, m) for m in sizes[1:])
         for weight in self.weights:  # LeCun normal: the default of flax, so of the official code
@@ -177,17 +177,15 @@ class ReplayBuffer:
     """The last `capacity` transitions, float32, on the device, one row each: obs, action, reward, done, next_obs."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.widths = [obs_dim, action_dim, 1, 1, obs_dim]
+        self.widths, self.position, self.size = [obs_dim, action_dim, 1, 1, obs_dim], 0, 0
         needed, pages = 4 * capacity * sum(self.widths), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else pages
         check(needed <= memory, f"--buffer-size {capacity:,} needs {needed:,} bytes of memory, there are {memory:,}")
         self.rows = torch.empty(capacity, sum(self.widths), device=device)  # on a CPU, memory is taken when written
-        self.position, self.size = 0, 0
 
     def add(self, obs, action, reward: float, done: bool, next_obs) -> None:
         self.rows[self.position] = torch.from_numpy(np.hstack([obs, action, reward, done, next_obs], dtype=np.float32))
-        self.position = (self.position + 1) % len(self.rows)
-        self.size = min(self.size + 1, len(self.rows))
+        self.position, self.size = (self.position + 1) % len(self.rows), min(self.size + 1, len(self.rows))
 
     def sample(self, n: int, rng: torch.Generator) -> list[torch.Tensor]:
         """n transitions, uniform with replacement: obs [n, O], action [n, A], reward [n], done [n], next_obs [n, O]."""
@@ -209,7 +207,8 @@ class Agent(nn.Module):
         self.critic_opt = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=True)
         self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.actor_lr, betas, fused=True)
         self.actor_opt.add_param_group({"params": [self.log_alpha], "lr": args.alpha_lr, "betas": (0.9, 0.999)})
-        if args.compile != "off":
+        worth_it = args.total_timesteps * args.utd >= 20_000 * args.action_repeat and shutil.which("g++")
+        if args.compile == "on" or (args.compile == "auto" and worth_it):
             torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
             self.gradients = torch.compile(self.gradients, fullgraph=True)
 
@@ -293,6 +292,7 @@ def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
 def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     """The arguments, checked, and the checkpoint of --resume or --evaluate, otherwise {}."""
     args, checkpoint = tyro.cli(Args, args=argv), {}
+    args = tyro.cli(Args, args=argv, default=Args(**{"dm_": DMC, "myo": MYO}.get(args.env_id[:3], {})))
     if (run_dir := args.evaluate if args.resume is None else args.resume) is not None:
         try:
             checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
@@ -305,14 +305,12 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
         ok = not changed and args.total_timesteps >= stored.total_timesteps
         check(ok, f"{changed or 'total_timesteps'} of {run_dir} cannot change so; can: {MAY_CHANGE}, the first upwards")
     for name, value in vars(args).items():
-        high = {"gamma": 1, "bn_momentum": 1, "tau": 1, "adam_beta1": 0.999}.get(name, 1e15)
-        zero = high <= 1 or "noise" in name or name in ("seed", "brn_warmup", "learning_starts", "alpha_lr")
+        high = {"gamma": 1, "tau": 1, "adam_beta1": 0.999}.get(name, 1e15)
+        zero = high <= 1 or re.search("seed|starts|alpha_lr|noise|decay", name) is not None
         ok = type(value) not in (int, float) or (0 if zero else 1e-12) <= value <= high
         check(ok, f"--{name.replace('_', '-')} is {value}; it must lie between 0 {'(included) ' * zero}and {high:g}")
     check(args.buffer_size >= args.batch_size, f"--buffer-size must be at least --batch-size, {args.batch_size}")
     check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none; use --device cpu or auto")
-    if args.compile == "auto" and (args.total_timesteps * args.utd < 20_000 or not shutil.which("g++")):
-        args.compile = "off"
     return args, checkpoint
 
 
@@ -335,10 +333,9 @@ def train(args: Args, checkpoint: dict) -> int:
     if args.capture_video:
         importlib.import_module("moviepy")
         eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/videos/{step}", lambda i: i % args.eval_episodes == 0)
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        agent.critic_opt.load_state_dict(checkpoint["critic_opt"])
-        agent.actor_opt.load_state_dict(checkpoint["actor_opt"])
+    parts = {"agent": agent, "critic_opt": agent.critic_opt, "actor_opt": agent.actor_opt}
+    for name in parts if checkpoint else ():
+        parts[name].load_state_dict(checkpoint[name])
     if args.evaluate:
         _, _, returns, _, successes = zip(*evaluate(agent, eval_env, step))
         success = "" if "" in successes else f", success {np.mean(successes):.2f}"
@@ -356,10 +353,10 @@ def train(args: Args, checkpoint: dict) -> int:
 
     def save() -> None:
         """After a kill or a power cut at any instant, checkpoint.pt is the old one or the new one, whole."""
-        state = {"script": SCRIPT.name, "args": vars(args), "agent": agent.state_dict(), "rng": rng.get_state()}
-        state |= {"critic_opt": agent.critic_opt.state_dict(), "actor_opt": agent.actor_opt.state_dict()}
-        state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "obs": obs.tolist()}
-        state |= {"rows": buffer.rows[: buffer.size].cpu().clone(), "position": buffer.position}  # uncloned: all rows
+        state = {"script": SCRIPT.name, "args": vars(args), "rng": rng.get_state(), "obs": obs.tolist()}
+        state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "position": buffer.position}
+        state |= {"rows": buffer.rows[: buffer.size].cpu().clone()}  # uncloned, all rows would be written
+        state |= {name: part.state_dict() for name, part in parts.items()}
         with open(run_dir / "checkpoint.tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -367,22 +364,21 @@ def train(args: Args, checkpoint: dict) -> int:
         os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
     if args.track:
-        wandb = importlib.import_module("wandb")
-        wandb.init(project="crossq", id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
+        importlib.import_module("wandb").init(id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     save()
-    commit = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>/dev/null").read().strip()
-    about = {"args": vars(args), "device": hardware, "git": commit}
-    about |= {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    (run_dir / "args.json").write_text(json.dumps(about, indent=2))
+    git = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>/dev/null").read().strip()
+    about = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")} | {"git": git}
+    (run_dir / "args.json").write_text(json.dumps({"args": vars(args), "device": hardware} | about, indent=2))
     table = csv.writer(open(run_dir / "evaluations.csv", "w", buffering=1), lineterminator="\n")  # flushed by the row
     table.writerows([("step", "episode", "return", "length", "success"), *evaluations])
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in agent.named_children())
     advice = "; slow on a CPU, try --critic-width 256" if device.type == "cpu" and args.critic_width > 512 else ""
-    print(f"{run_dir}: {args.env_id} on {hardware}; {sizes} parameters; buffer {buffer.rows.nbytes:,} bytes{advice}")
+    chosen = ", ".join(f"{name} {value}" for name, value in vars(args).items() if value != getattr(Args, name))
+    print(f"{run_dir} on {hardware}: {chosen or args.env_id}; {sizes} parameters; buffer {buffer.rows.nbytes:,} bytes")
     progress = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
-    stop, info, first_step, start = [], {}, step, time.perf_counter()
+    stop, info, first, start, warm = [], {}, step, time.perf_counter(), max(agent_step, args.learning_starts) + 100
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: stop.append(number))
     while step < args.total_timesteps and not stop:
@@ -409,12 +405,16 @@ def train(args: Args, checkpoint: dict) -> int:
                 check(math.isfinite(value), f"{key} became NaN or infinite at step {step}", 1)
                 if agent_step % 1000 == 0:
                     writer.add_scalar(key, value, step)
+        if agent_step == warm:  # compiled by now
+            first, start = step, time.perf_counter()
+        speed = (step - first) / (time.perf_counter() - start + 1e-9)  # environment steps per second
+        if agent_step == warm + 200:
+            progress.write(f"{speed:.0f} steps/s, {(args.total_timesteps - step) / speed / 60:.0f} min to go{advice}")
         if step % args.eval_every < repeat:
             rows = evaluate(agent, eval_env, step)
             evaluations += rows
             table.writerows(rows)
             mean = float(np.mean([row[2] for row in rows]))
-            speed = (step - first_step) / (time.perf_counter() - start)
             writer.add_scalar("eval/return", mean, step)
             writer.add_scalar("charts/SPS", speed, step)
             progress.write(f"step {step:,}: evaluation return {mean:,.1f}; so far {speed:.0f} steps/s")
@@ -423,8 +423,7 @@ def train(args: Args, checkpoint: dict) -> int:
             save()
     save()
     writer.close()
-    if stop:
-        progress.write(f"stopped at step {step}; go on with: python {SCRIPT.name} --resume {run_dir}", file=sys.stderr)
+    progress.write(f"ended at step {step:,}; go on with: python {SCRIPT.name} --resume {run_dir}", file=sys.stderr)
     return 128 + stop[0] if stop else 0
 
 
@@ -434,8 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.redirect_stderr(io.StringIO()) as box:
             args, checkpoint = parse_args(argv)
     except SystemExit as e:  # tyro's errors come in a box
-        check(not e.code, re.sub(f"[─│╭╮╰╯]+|{SCRIPT.name}: error:", " ", box.getvalue()))
-        raise
+        return check(not e.code, re.sub(f"[─│╭╮╰╯]+|{SCRIPT.name}: error:", " ", box.getvalue())) or 0
     try:
         return train(args, checkpoint)
     except ImportError as e:

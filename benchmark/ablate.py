@@ -3,10 +3,12 @@
     python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --env-id Hopper-v4 --critic-width 256
     python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live    # and target networks (figure 9)
     python benchmark/ablate.py sac_baseline.py --tau 1 --activation tanh                # no target networks (figure 16)
+    python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                  # CrossQ + WN, figure 5
     python benchmark/ablate.py --probe crossq_sac.py --critic-norm none                 # and benchmark/probe.py as well
 
-Everything after the script's name is its own command line, with the flags of `Ablations` added: they are stored in the
-run as its own are. Such a run is resumed and evaluated through this program.
+Everything after the script's name is its own command line, with the flags of `Ablations` added (of `WeightAblations`
+for crossq_wn_highutd.py): they are stored in the run as its own are. Such a run is resumed and evaluated through this
+program.
 """
 
 import dataclasses
@@ -44,8 +46,64 @@ class Ablations:
     target_stats: Literal["own", "live"] = "own"  # of a batch-normalised target network: averaged, or the critic's
 
 
+@dataclasses.dataclass
+class WeightAblations:
+    weight_norm: Literal["project", "soft", "none", "output"] = "project"  # soft: weight decay of the hidden layers in
+    # place of their projection (figure 5); output: the output layer is projected too (the authors' later code)
+    decay_norms: bool = False  # weight decay of batch norm's scale and bias too (the authors' later code)
+    lr_end: float = 1.0  # share of the learning rates left at the end of a linear decay (the authors' later code: 0.1)
+
+
+def ablate_weights(script):
+    """Extends crossq_wn_highutd.py by the flags of `WeightAblations` and by what they choose; returns it."""
+    script_mlp, script_agent = script.MLP, script.Agent
+
+    @dataclasses.dataclass
+    class Args(script.Args, WeightAblations):
+        pass
+
+    class MLP(script_mlp):
+        def __init__(self, n_in, width, n_out, args, ensemble=()):
+            MLP.weight_norm = args.weight_norm  # project() is called before an attribute of self could be set
+            super().__init__(n_in, width, n_out, args, ensemble)
+
+        @torch.no_grad()
+        def project(self):
+            if MLP.weight_norm in ("project", "output"):
+                super().project()
+            if MLP.weight_norm == "output":
+                norm = (self.weights[2].square().sum(-2, keepdim=True) + self.biases[2].square()).sqrt()
+                self.weights[2] /= norm
+                self.biases[2] /= norm
+
+    class Agent(script_agent):
+        def __init__(self, obs_dim, action_dim, args):
+            super().__init__(obs_dim, action_dim, args)
+            for net, optimizer in ((self.critic, self.critic_opt), (self.actor, self.actor_opt)):
+                decayed, rest = optimizer.param_groups[:2]
+                more = [*net.weights[:2], *net.biases[:2]] if args.weight_norm == "soft" else []
+                more += net.norms.parameters() if args.decay_norms else []
+                decayed["params"] += more
+                rest["params"] = [p for p in rest["params"] if all(p is not q for q in more)]
+                for group in optimizer.param_groups:
+                    group["initial_lr"] = group["lr"]
+
+        def update(self, batch, rng):
+            args = self.args
+            total = (args.total_timesteps // args.action_repeat - args.learning_starts) * args.utd
+            left = 1 - (1 - args.lr_end) * min(1.0, self.n_updates / total)
+            for group in self.critic_opt.param_groups + self.actor_opt.param_groups:
+                group["lr"] = group["initial_lr"] * left
+            return super().update(batch, rng)
+
+    script.Args, script.MLP, script.Agent = Args, MLP, Agent
+    return script
+
+
 def ablate(script):
     """Extends a loaded script by the flags of `Ablations` and by what they choose; returns it."""
+    if hasattr(script.MLP, "project"):
+        return ablate_weights(script)
     BatchRenorm = getattr(script, "BatchRenorm", None) or probe.load("crossq_sac.py").BatchRenorm
     default = "brn" if hasattr(script, "BatchRenorm") else "none"
     script_mlp, script_agent, script_add = script.MLP, script.Agent, script.ReplayBuffer.add

@@ -1,0 +1,450 @@
+"""CrossQ + WN, in one file (Palenicek et al., NeurIPS 2025, arXiv 2502.07523): CrossQ for high update-to-data ratios.
+
+Batch norm makes a layer blind to the scale of the weights before it, so their norm can only grow and the effective
+learning rate only fall, the faster the more updates. Projecting each neuron's weights back to unit norm stops both.
+
+    python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0 --utd 5          # pip install "shimmy[dm-control]"
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17", "tensorboard==2.21.0",
+#   "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'"]
+# ///
+import contextlib
+import csv
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).resolve()
+MAY_CHANGE = "total_timesteps device compile eval_every eval_episodes checkpoint_every capture_video track".split()
+DMC, MYO = {"action_repeat": 2}, {"action_repeat": 2, "gamma": 0.95}  # defaults for dm_control/... and myo...
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "Walker2d-v4"  # Gymnasium id; your own: my_module:MyEnv-v0, found from the current directory
+    seed: int = 1  # seed of the networks, the exploration and the environment
+    total_timesteps: int = 1_000_000  # environment steps
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    critic_width: int = 512  # units per hidden layer
+    actor_width: int = 256  # units per hidden layer
+    n_critics: int = 2  # Q-functions in the ensemble
+    tau: float = 0.005  # share of the critic that its target takes per update; 1: no target network
+    weight_decay: float = 0.01  # AdamW, of the output layers only
+    critic_lr: float = 1e-4  # AdamW (second version of the paper: 3e-4)
+    actor_lr: float = 1e-4  # AdamW (second version of the paper: 3e-4)
+    alpha_lr: float = 1e-4  # AdamW, of the entropy temperature; 0 keeps it at --alpha
+    policy_delay: int = 3  # critic updates per actor update
+    utd: int = 5  # critic updates per agent step (update-to-data ratio; the paper: 1, 2, 5, 10, 20)
+    batch_size: int = 256  # transitions
+    buffer_size: int = 1_000_000  # transitions
+    learning_starts: int = 5000  # uniformly random agent steps before the first update
+    gamma: float = 0.99  # discount
+    alpha: float = 1.0  # initial entropy temperature (later code: 0.01)
+    target_entropy: float = 1.0  # the target is minus this per action dimension (second version of the paper: 0.5)
+    action_repeat: int = 1  # environment steps per agent step; rewards are summed
+    eval_every: int = 10_000  # environment steps between evaluations
+    eval_episodes: int = 5  # deterministic episodes per evaluation
+    run_name: str | None = None  # folder under runs/; default ENV__SCRIPT__SEED__TIME
+    checkpoint_every: int = 25_000  # environment steps between checkpoints
+    resume: str | None = None  # runs/NAME: go on from its checkpoint
+    evaluate: str | None = None  # runs/NAME: evaluate its policy and exit
+    capture_video: bool = False  # mp4 of an evaluation's first episode (needs moviepy; headless: libegl1)
+    track: bool = False  # log to Weights & Biases too (needs wandb)
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: from 20 000 updates on, where there is g++
+
+
+def check(ok: bool, message: str, code: int = 2) -> None:
+    """Unless ok, end with one line. Code 2: a wrong argument, environment or checkpoint; 1: a run that went wrong."""
+    if not ok:
+        print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(code)
+
+
+class ActionRepeat(gym.Wrapper):
+    """Plays each action `n` times, sums the rewards, stops at an episode's end."""
+
+    def step(self, action):
+        total = 0.0
+        for _ in range(self.n):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """An environment with float32 vector observations and actions in [-1, 1]; an unsuitable one ends with code 2."""
+    sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
+    if kwargs and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen too
+    try:
+        env = gym.make({"dm_": "shimmy:", "myo": "myosuite:"}.get(args.env_id[:3], "") + args.env_id, **kwargs)
+    except Exception as e:  # gymnasium's own messages name near matches and missing packages
+        check(False, f"--env-id {args.env_id}: {e} (dm_control: pip install shimmy[dm-control]; myo: myosuite)")
+    actions, obs, Box, Dict = env.action_space, env.observation_space, gym.spaces.Box, gym.spaces.Dict
+    ok = isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1 and actions.dtype.kind == "f"
+    ok &= all(isinstance(s, Box) and len(s.shape) < 3 for s in (obs.values() if isinstance(obs, Dict) else [obs]))
+    check(ok, f"--env-id {args.env_id}: {actions} and {obs}; needed: a bounded Box of floats, and vectors, no images")
+    env = gym.wrappers.FlattenObservation(gym.wrappers.RecordEpisodeStatistics(env))
+    env = ActionRepeat(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))  # only env.step leaves [-1, 1]
+    env.n = args.action_repeat
+    return gym.wrappers.DtypeObservation(env, np.float32)
+
+
+def reset_seed(*key: int) -> int:
+    """An environment's seed from (run seed, 0 or the evaluation's step, episode): nothing to carry over a resume."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the batch dimension of x [..., B, F]; shape is (1, F), of an ensemble (N, 1, F)."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+
+    def forward(self, x: torch.Tensor, momentum: float = 0.99, eps: float = 1e-3) -> torch.Tensor:
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean = x.mean(-2, keepdim=True)
+            var = (x - mean).square().mean(-2, keepdim=True)  # biased, for the running average too
+            if torch.is_grad_enabled():  # so not of a target network
+                torch._foreach_lerp_([self.running_mean, self.running_var], [mean.detach(), var.detach()], 1 - momentum)
+        return (x - mean) * (self.scale / (var + eps).sqrt()) + self.bias
+
+
+class MLP(nn.Module):
+    """Norm -> (x W + b -> ReLU -> norm) x 2 -> x W + b: [B, n_in] -> [B, n_out]; ensemble=(N,): [N, B, n_out]."""
+
+    def __init__(self, n_in: int, width: int, n_out: int, args: Args, ensemble: tuple = ()):
+        super().__init__()
+        sizes = (n_in, width, width, n_out)
+        self.norms = nn.ModuleList(BatchNorm((*ensemble, 1, n)) for n in sizes[:3])
+        self.weights = nn.ParameterList(torch.empty(*ensemble, n, m) for n, m in zip(sizes, sizes[1:]))
+        self.biases = nn.ParameterList(torch.zeros(*ensemble, 1, m) for m in sizes[1:])
+        for weight in self.weights:  # LeCun normal: the default of flax, so of the official code
+            std = weight.shape[-2] ** -0.5 / 0.87962566103423978
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+        self.project()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norms[0](x) @ self.weights[0] + self.biases[0]
+        x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
+        return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Weight normalisation: each hidden neuron's vector, its column of W and its b, is scaled to norm 1."""
+        for weight, bias in zip(self.weights[:2], self.biases[:2]):
+            norm = (weight.square().sum(-2, keepdim=True) + bias.square()).sqrt()  # [..., 1, m]
+            weight /= norm
+            bias /= norm
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, float32, on the device, one row each: obs, action, reward, done, next_obs."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.widths, self.position, self.size = [obs_dim, action_dim, 1, 1, obs_dim], 0, 0
+        needed, pages = 4 * capacity * sum(self.widths), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else pages
+        check(needed <= memory, f"--buffer-size {capacity:,} needs {needed:,} bytes of memory, there are {memory:,}")
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)  # on a CPU, memory is taken when written
+
+    def add(self, obs, action, reward: float, done: bool, next_obs) -> None:
+        self.rows[self.position] = torch.from_numpy(np.hstack([obs, action, reward, done, next_obs], dtype=np.float32))
+        self.position, self.size = (self.position + 1) % len(self.rows), min(self.size + 1, len(self.rows))
+
+    def sample(self, n: int, rng: torch.Generator) -> list[torch.Tensor]:
+        """n transitions, uniform with replacement: obs [n, O], action [n, A], reward [n], done [n], next_obs [n, O]."""
+        index = torch.randint(self.size, (n,), generator=rng, device=self.rows.device)
+        obs, action, reward, done, next_obs = self.rows[index].split(self.widths, -1)
+        return [obs, action, reward.squeeze(-1), done.squeeze(-1), next_obs]
+
+
+class Agent(nn.Module):
+    """CrossQ + WN: networks, optimisers, the two updates. The mode, train or eval, stands beside every forward."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.args, self.target_entropy, self.n_updates = args, -args.target_entropy * action_dim, 0
+        self.critic = MLP(obs_dim + action_dim, args.critic_width, 1, args, ensemble=(args.n_critics,))
+        self.target_critic = MLP(obs_dim + action_dim, args.critic_width, 1, args, ensemble=(args.n_critics,))
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.actor = MLP(obs_dim, args.actor_width, 2 * action_dim, args)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+        optimizers = []
+        for net, lr in ((self.critic, args.critic_lr), (self.actor, args.actor_lr)):
+            output = {"params": [net.weights[2], net.biases[2]], "weight_decay": args.weight_decay}
+            rest = {"params": [*net.weights[:2], *net.biases[:2], *net.norms.parameters()]}  # unit norm; batch norm
+            optimizers.append(torch.optim.AdamW([output, rest], lr, weight_decay=0.0, fused=True))
+        self.critic_opt, self.actor_opt = optimizers
+        self.actor_opt.add_param_group({"params": [self.log_alpha], "lr": args.alpha_lr, "weight_decay": 0.0})
+        worth_it = args.total_timesteps * args.utd >= 20_000 * args.action_repeat and shutil.which("g++")
+        if args.compile == "on" or (args.compile == "auto" and worth_it):
+            torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
+            self.gradients = torch.compile(self.gradients, fullgraph=True)
+
+    def policy(self, obs, noise):
+        """The tanh-squashed Gaussian: obs [B, O], standard normal noise [B, A] -> action [B, A], its log-prob [B]."""
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        log_std = log_std.clamp(-20, 2)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2), stable
+        return u.tanh(), log_prob.sum(-1)
+
+    def critic_loss(self, obs, action, reward, done, next_obs, noise):
+        with torch.no_grad():
+            self.actor.eval()
+            next_action, next_log_prob = self.policy(next_obs, noise)
+            pairs = torch.cat([torch.cat([obs, action], -1), torch.cat([next_obs, next_action], -1)])  # [2B, O + A]
+            self.target_critic.train()  # normalised by this very batch, as the critic is; no running statistics
+            next_q = self.target_critic(pairs).squeeze(-1).chunk(2, -1)[1]  # [n_critics, B]
+        self.critic.train()  # CrossQ: ONE forward on both halves together
+        q = self.critic(pairs).squeeze(-1).chunk(2, -1)[0]  # [n_critics, B]
+        next_value = next_q.min(0).values - self.log_alpha.exp() * next_log_prob
+        target = (reward + self.args.gamma * (1 - done) * next_value).detach()  # [B]
+        loss = 0.5 * (q - target).square().mean(-1).sum()
+        return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
+
+    def actor_loss(self, obs, noise):
+        self.actor.train()
+        action, log_prob = self.policy(obs, noise)
+        self.critic.eval()
+        q = self.critic(torch.cat([obs, action], -1)).squeeze(-1).min(0).values  # [B]
+        alpha, entropy = self.log_alpha.exp(), -log_prob.mean()
+        actor_loss = (alpha.detach() * log_prob - q).mean()
+        alpha_loss = alpha * (entropy.detach() - self.target_entropy)
+        info = {"losses/actor": actor_loss, "diagnostics/alpha": alpha, "diagnostics/entropy": entropy}
+        return actor_loss + alpha_loss, info
+
+    def gradients(self, loss, parameters, *batch):
+        value, info = loss(*batch)
+        return {k: v.detach() for k, v in info.items()}, torch.autograd.grad(value, parameters)
+
+    def descend(self, optimizer: torch.optim.Optimizer, loss, *batch) -> dict:
+        """One step of the optimizer's own parameters, and of no others, on loss(*batch). Returns scalars."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        info, gradients = self.gradients(loss, parameters, *batch)
+        for p, g in zip(parameters, gradients):
+            p.grad = g
+        optimizer.step()
+        return info
+
+    def update(self, batch, rng: torch.Generator) -> dict:
+        """A critic update and, with every `policy_delay`-th one, an actor update on the same batch. Returns scalars."""
+        info = self.descend(self.critic_opt, self.critic_loss, *batch, torch.randn_like(batch[1], generator=rng))
+        self.critic.project()
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], self.args.tau)
+        self.n_updates += 1
+        if self.n_updates % self.args.policy_delay == 0:
+            info |= self.descend(self.actor_opt, self.actor_loss, batch[0], torch.randn_like(batch[1], generator=rng))
+            self.actor.project()
+        return info
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, noise: torch.Tensor) -> np.ndarray:
+        """obs [O] -> action [A] in [-1, 1]; noise [A] is standard normal, or zero for the deterministic policy."""
+        self.actor.eval()
+        mean, log_std = self.actor(torch.from_numpy(obs).to(noise.device)[None])[0].chunk(2)  # policy, less log_prob
+        return (mean + log_std.clamp(-20, 2).exp() * noise).tanh().cpu().numpy()
+
+
+def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
+    """Deterministic episodes, as rows of evaluations.csv: step, episode, return, length, success (if there is one)."""
+    rows, args, zero = [], agent.args, torch.zeros(env.action_space.shape, device=next(agent.parameters()).device)
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=reset_seed(args.seed, step, episode))
+        success, terminated, truncated = "", False, False
+        while not (terminated or truncated):
+            obs, reward, terminated, truncated, info = env.step(agent.act(obs, zero))
+            check(np.isfinite([*obs, reward]).all(), f"NaN or infinity in the evaluation at {step}, reward {reward}", 1)
+            for key in {"solved", "is_success", "success"} & info.keys():
+                success = max(success or 0, int(info[key]))  # success at any time counts
+        rows.append((step, episode, float(info["episode"]["r"]), int(info["episode"]["l"]), success))
+    return rows
+
+
+def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
+    """The arguments, checked, and the checkpoint of --resume or --evaluate, otherwise {}."""
+    args, checkpoint = tyro.cli(Args, args=argv), {}
+    args = tyro.cli(Args, args=argv, default=Args(**{"dm_": DMC, "myo": MYO}.get(args.env_id[:3], {})))
+    if (run_dir := args.evaluate if args.resume is None else args.resume) is not None:
+        try:
+            checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
+            check(checkpoint["script"] == SCRIPT.name, f"{run_dir} is a run of {checkpoint['script']}")
+            stored = Args(**checkpoint["args"] | {"resume": args.resume, "evaluate": args.evaluate})
+        except Exception as e:  # torch.load raises many kinds
+            check(False, f"{run_dir} has no whole checkpoint.pt of {SCRIPT.name}; it was left as it is ({e!r:.200})")
+        args = tyro.cli(Args, args=argv, default=stored)
+        changed = [name for name, old in vars(stored).items() if getattr(args, name) != old and name not in MAY_CHANGE]
+        ok = not changed and args.total_timesteps >= stored.total_timesteps
+        check(ok, f"{changed or 'total_timesteps'} of {run_dir} cannot change so; can: {MAY_CHANGE}, the first upwards")
+    for name, value in vars(args).items():
+        high = {"gamma": 1, "tau": 1, "adam_beta1": 0.999}.get(name, 1e15)
+        zero = high <= 1 or re.search("seed|starts|alpha_lr|noise|decay", name) is not None
+        ok = type(value) not in (int, float) or (0 if zero else 1e-12) <= value <= high
+        check(ok, f"--{name.replace('_', '-')} is {value}; it must lie between 0 {'(included) ' * zero}and {high:g}")
+    check(args.buffer_size >= args.batch_size, f"--buffer-size must be at least --batch-size, {args.batch_size}")
+    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none; use --device cpu or auto")
+    return args, checkpoint
+
+
+def train(args: Args, checkpoint: dict) -> int:
+    """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + the signal that ended the run."""
+    env, eval_env = make_env(args), make_env(args, **{"render_mode": "rgb_array"} if args.capture_video else {})
+    obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    torch.manual_seed(args.seed)
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    rng = torch.Generator(device).manual_seed(args.seed)  # all randomness from here on, but the environment's
+    agent_step, episode, actions, evaluations, agent.n_updates = checkpoint.get("loop", (0, 0, [], [], 0))
+    step = agent_step * repeat
+    run_name = args.run_name or f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.evaluate or Path("runs") / re.sub(r"[/\\:]|^\.+$", "_", run_name))
+    new = not any((run_dir / file).exists() for file in ("checkpoint.pt", "evaluations.csv"))
+    check(new or checkpoint, f"{run_dir} already holds a run: --resume {run_dir}, or choose another --run-name")
+    if args.capture_video:
+        importlib.import_module("moviepy")
+        eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/videos/{step}", lambda i: i % args.eval_episodes == 0)
+    parts = {"agent": agent, "critic_opt": agent.critic_opt, "actor_opt": agent.actor_opt}
+    for name in parts if checkpoint else ():
+        parts[name].load_state_dict(checkpoint[name])
+    if args.evaluate:
+        _, _, returns, _, successes = zip(*evaluate(agent, eval_env, step))
+        success = "" if "" in successes else f", success {np.mean(successes):.2f}"
+        print(f"{run_dir} at step {step}: {np.mean(returns):.1f} ± {np.std(returns):.1f}{success}")
+        return eval_env.close() or 0
+    obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
+    if checkpoint:
+        buffer.size, buffer.position = len(checkpoint["rows"]), checkpoint["position"]
+        buffer.rows[: buffer.size] = checkpoint.pop("rows")
+        if checkpoint["rng"].shape == rng.get_state().shape:  # another kind of device has another generator
+            rng.set_state(checkpoint["rng"])
+        for action in actions:  # play the open episode again, up to where it was
+            obs, *_ = env.step(np.float32(action))
+        check(obs.tolist() == checkpoint["obs"], f"{args.env_id} is not deterministic: it cannot be resumed", 1)
+
+    def save() -> None:
+        """After a kill or a power cut at any instant, checkpoint.pt is the old one or the new one, whole."""
+        state = {"script": SCRIPT.name, "args": vars(args), "rng": rng.get_state(), "obs": obs.tolist()}
+        state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "position": buffer.position}
+        state |= {"rows": buffer.rows[: buffer.size].cpu().clone()}  # uncloned, all rows would be written
+        state |= {name: part.state_dict() for name, part in parts.items()}
+        with open(run_dir / "checkpoint.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+
+    if args.track:
+        importlib.import_module("wandb").init(id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save()
+    git = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>/dev/null").read().strip()
+    about = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")} | {"git": git}
+    (run_dir / "args.json").write_text(json.dumps({"args": vars(args), "device": hardware} | about, indent=2))
+    table = csv.writer(open(run_dir / "evaluations.csv", "w", buffering=1), lineterminator="\n")  # flushed by the row
+    table.writerows([("step", "episode", "return", "length", "success"), *evaluations])
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in agent.named_children())
+    advice = "; slow on a CPU, try --critic-width 256" if device.type == "cpu" and args.critic_width > 512 else ""
+    chosen = ", ".join(f"{name} {value}" for name, value in vars(args).items() if value != getattr(Args, name))
+    print(f"{run_dir} on {hardware}: {chosen or args.env_id}; {sizes} parameters; buffer {buffer.rows.nbytes:,} bytes")
+    progress = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
+    stop, info, first, start, warm = [], {}, step, time.perf_counter(), max(agent_step, args.learning_starts) + 100
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: stop.append(number))
+    while step < args.total_timesteps and not stop:
+        # ALGO LOGIC: one agent step, then `utd` updates
+        if agent_step < args.learning_starts:
+            action = torch.rand(action_dim, generator=rng, device=device).cpu().numpy() * 2 - 1
+        else:
+            action = agent.act(obs, torch.randn(action_dim, generator=rng, device=device))
+        next_obs, reward, terminated, truncated, episode_info = env.step(action)
+        agent_step, step = agent_step + 1, step + repeat
+        buffer.add(obs, action, reward, terminated, next_obs)
+        actions.append(action.tolist())
+        last_obs, obs = obs, next_obs
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", episode_info["episode"]["r"], step)
+            episode, actions = episode + 1, []
+            obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
+        ok = np.isfinite(np.hstack([last_obs, next_obs, obs, reward], dtype=np.float32)).all()
+        check(ok, f"NaN or infinity from the environment at step {step}: an observation, or the reward {reward}", 1)
+        if agent_step > args.learning_starts:
+            for _ in range(args.utd):
+                info |= agent.update(buffer.sample(args.batch_size, rng), rng)
+            for key, value in info.items():
+                check(math.isfinite(value), f"{key} became NaN or infinite at step {step}", 1)
+                if agent_step % 1000 == 0:
+                    writer.add_scalar(key, value, step)
+        if agent_step == warm:  # compiled by now
+            first, start = step, time.perf_counter()
+        speed = (step - first) / (time.perf_counter() - start + 1e-9)  # environment steps per second
+        if agent_step == warm + 200:
+            progress.write(f"{speed:.0f} steps/s, {(args.total_timesteps - step) / speed / 60:.0f} min to go{advice}")
+        if step % args.eval_every < repeat:
+            rows = evaluate(agent, eval_env, step)
+            evaluations += rows
+            table.writerows(rows)
+            mean = float(np.mean([row[2] for row in rows]))
+            writer.add_scalar("eval/return", mean, step)
+            writer.add_scalar("charts/SPS", speed, step)
+            progress.write(f"step {step:,}: evaluation return {mean:,.1f}; so far {speed:.0f} steps/s")
+        progress.update(repeat)
+        if step % args.checkpoint_every < repeat:
+            save()
+    save()
+    writer.close()
+    progress.write(f"ended at step {step:,}; go on with: python {SCRIPT.name} --resume {run_dir}", file=sys.stderr)
+    return 128 + stop[0] if stop else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    gym.logger.min_level = gym.logger.ERROR  # no advice to use -v5: the papers use -v4
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as box:
+            args, checkpoint = parse_args(argv)
+    except SystemExit as e:  # tyro's errors come in a box
+        return check(not e.code, re.sub(f"[─│╭╮╰╯]+|{SCRIPT.name}: error:", " ", box.getvalue())) or 0
+    try:
+        return train(args, checkpoint)
+    except ImportError as e:
+        check(False, f"{e}; this needs: pip install {e.name}")
+    except (OSError, RuntimeError) as e:  # of the run's folder at the start, or later a full disk
+        if isinstance(e, RuntimeError) and not isinstance(e.__context__, OSError):
+            raise
+        check(False, str(e.__context__ or e), 1 + isinstance(e, PermissionError | FileExistsError | NotADirectoryError))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
