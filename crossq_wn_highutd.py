@@ -3,7 +3,7 @@
 Batch norm makes a layer blind to the scale of the weights before it, so their norm can only grow and the effective
 learning rate only fall, the faster the more updates. Projecting each neuron's weights back to unit norm stops both.
 
-    python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0 --utd 5          # pip install "shimmy[dm-control]"
+    python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0 --utd 5
 """
 
 # /// script
@@ -102,7 +102,7 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     try:
         env = gym.make({"dm_": "shimmy:", "myo": "myosuite:"}.get(args.env_id[:3], "") + args.env_id, **kwargs)
     except Exception as e:  # gymnasium's own messages name near matches and missing packages
-        check(False, f"--env-id {args.env_id}: {e} (dm_control: pip install shimmy[dm-control]; myo: myosuite)")
+        check(False, f"{args.env_id}: {e} (suites: pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)")
     actions, obs, Box, Dict = env.action_space, env.observation_space, gym.spaces.Box, gym.spaces.Dict
     ok = isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1 and actions.dtype.kind == "f"
     ok &= all(isinstance(s, Box) and len(s.shape) < 3 for s in (obs.values() if isinstance(obs, Dict) else [obs]))
@@ -425,7 +425,7 @@ def train(args: Args, checkpoint: dict) -> int:
             save()
     save()
     writer.close()
-    progress.write(f"ended at step {step:,}; go on with: python {SCRIPT.name} --resume {run_dir}", file=sys.stderr)
+    progress.write(f"ended at step {step:,}; go on with: python {SCRIPT.name} --resume {run_dir}")
     return 128 + stop[0] if stop else 0
 
 

@@ -59,16 +59,17 @@ def test_q_bias_against_known_returns(env_id, kept):
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_probe_does_not_change_the_run(tmp_path, monkeypatch, compile):
+def test_probe_does_not_change_the_run(tmp_path, monkeypatch, short_warmup, compile):
     """The probed run's evaluations are the plain run's; probe.csv holds bias, norms and, after the warm-up, r and d."""
     monkeypatch.chdir(tmp_path)
     arguments = (
         "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --total-timesteps 60"
     )
-    arguments += (
-        f" --learning-starts 20 --eval-every 30 --eval-episodes 1 --brn-warmup 5 --compile {compile} --device cpu"
-    )
+    arguments += f" --learning-starts 20 --eval-every 30 --eval-episodes 1 --compile {compile} --device cpu"
     arguments = arguments.split()
+    load = probe.load
+    monkeypatch.setattr(probe, "load", lambda path: short_warmup(script := load(path), 5) or script)
+    short_warmup(crossq_sac, 5)
     assert crossq_sac.main([*arguments, "--run-name", "plain"]) == 0
     assert probe.main([str(ROOT / "crossq_sac.py"), *arguments, "--run-name", "probed"]) == 0
     plain, probed = (Path("runs", name, "evaluations.csv").read_text() for name in ("plain", "probed"))

@@ -128,7 +128,7 @@ def test_settings():
     shared = {"n_critics": 2, "actor_width": 256, "utd": 1, "batch_size": 256, "buffer_size": 1_000_000, "gamma": 0.99}
     shared |= {"learning_starts": 5000, "critic_lr": 1e-3, "actor_lr": 1e-3}
     sac = {"critic_width": 256, "adam_beta1": 0.9, "tau": 0.005, "policy_delay": 1, "alpha": 1.0, "alpha_lr": 1e-3}
-    td3 = {"critic_width": 2048, "adam_beta1": 0.5, "policy_delay": 3, "bn_momentum": 0.99, "brn_warmup": 100_000}
+    td3 = {"critic_width": 2048, "adam_beta1": 0.5, "policy_delay": 3}
     td3 |= {"exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5}
     for script, settings, beta in ((sac_baseline, sac, 0.9), (crossq_td3, td3, 0.5)):
         args = vars(script.Args())

@@ -1,0 +1,112 @@
+"""What keeps an update fast on every machine: few operators, no waiting for the device, no growing memory."""
+
+import gc
+import importlib
+
+import pytest
+import torch
+from test_run import SCRIPTS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OBS, ACTIONS = 11, 3
+# Operators of an uncompiled critic update, and of one with an actor update. A rise is to be wanted, not to slip in.
+OPERATORS = {
+    "crossq_sac.py": (280, 594),
+    "crossq_td3.py": (264, 521),
+    "crossq_wn_highutd.py": (310, 598),
+    "sac_baseline.py": (143, 299),
+}
+WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique2", "allclose"}
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def make(script, compile="off", device="cpu"):
+    module = importlib.import_module(script.removesuffix(".py"))
+    args = module.Args(critic_width=32, actor_width=32, batch_size=32, buffer_size=500, policy_delay=2, compile=compile)
+    device = torch.device(device)
+    torch.manual_seed(0)
+    agent, buffer = module.Agent(OBS, ACTIONS, args).to(device), module.ReplayBuffer(500, OBS, ACTIONS, device)
+    buffer.rows.normal_()
+    buffer.size = 500
+    rng = torch.Generator(device).manual_seed(0)
+    return agent, lambda: agent.update(buffer.sample(32, rng), rng)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_operators_per_update(script):
+    """An update costs no more operators than it did when it was measured, and its number does not change."""
+    _, update = make(script)
+    counts = []
+    for _ in range(6):
+        with Recorder() as recorder:
+            update()
+        counts.append(len(recorder.names))
+    critic, both = counts[2::2], counts[3::2]  # the first of each makes the optimiser's state
+    assert len(set(critic)) == len(set(both)) == 1
+    assert critic[0] <= OPERATORS[script][0] and both[0] <= OPERATORS[script][1], counts
+    assert critic[0] > 0.9 * OPERATORS[script][0] and both[0] > 0.9 * OPERATORS[script][1], "lower the numbers here"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_operator_waits_for_the_device(script):
+    _, update = make(script)
+    for _ in range(4):
+        with Recorder() as recorder:
+            update()
+        assert len(recorder.names) > 50 and not WAITS & set(recorder.names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_synchronisation_on_cuda(script):
+    _, update = make(script, device="cuda")
+    update(), update()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(), update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_is_kept_from_update_to_update(script):
+    """As many tensors, of as many bytes, live after 40 updates as after 10."""
+    agent, update = make(script)
+
+    def live():
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+        return len(tensors), sum(x.nbytes for x in tensors)
+
+    for _ in range(10):
+        update()
+    before = live()
+    for _ in range(30):
+        update()
+    assert live() == before and agent.n_updates == 40
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compiled_once(script):
+    """Two graphs, the critic's and the actor's, without a break, and none anew in later updates."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    _, update = make(script, compile="on")
+    for _ in range(4):
+        update()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for _ in range(6):
+        update()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
