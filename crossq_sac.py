@@ -222,6 +222,7 @@ class Agent(nn.Module):
         return u.tanh(), log_prob.sum(-1)
 
     def critic_loss(self, obs, action, reward, done, next_obs, noise):
+        """Half the squared Bellman error, mean over the batch, sum over critics; shapes as in ReplayBuffer.sample."""
         with torch.no_grad():
             self.actor.eval()
             next_action, next_log_prob = self.policy(next_obs, noise)
@@ -235,6 +236,7 @@ class Agent(nn.Module):
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
     def actor_loss(self, obs, noise):
+        """The policy's loss, soft Q negated, plus the temperature's; neither has a gradient by the other's weights."""
         self.actor.train()
         action, log_prob = self.policy(obs, noise)
         self.critic.eval()

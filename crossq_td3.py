@@ -213,6 +213,7 @@ class Agent(nn.Module):
             self.gradients = torch.compile(self.gradients, fullgraph=True)
 
     def critic_loss(self, obs, action, reward, done, next_obs, noise):
+        """Half the squared Bellman error, mean over the batch, sum over critics; shapes as in ReplayBuffer.sample."""
         with torch.no_grad():
             self.actor.eval()
             clip = self.args.target_noise_clip
@@ -227,6 +228,7 @@ class Agent(nn.Module):
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
     def actor_loss(self, obs):
+        """The policy's loss, Q negated: obs [B, O]."""
         self.actor.train()
         action = self.actor(obs).tanh()
         self.critic.eval()

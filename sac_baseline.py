@@ -189,6 +189,7 @@ class Agent(nn.Module):
         return u.tanh(), log_prob.sum(-1)
 
     def critic_loss(self, obs, action, reward, done, next_obs, noise):
+        """Half the squared Bellman error, mean over the batch, sum over critics; shapes as in ReplayBuffer.sample."""
         with torch.no_grad():
             next_action, next_log_prob = self.policy(next_obs, noise)
             next_q = self.target_critic(torch.cat([next_obs, next_action], -1)).squeeze(-1)  # [n_critics, B]
@@ -199,6 +200,7 @@ class Agent(nn.Module):
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
     def actor_loss(self, obs, noise):
+        """The policy's loss, soft Q negated, plus the temperature's; neither has a gradient by the other's weights."""
         action, log_prob = self.policy(obs, noise)
         q = self.critic(torch.cat([obs, action], -1)).squeeze(-1).min(0).values  # [B]
         alpha, entropy = self.log_alpha.exp(), -log_prob.mean()
