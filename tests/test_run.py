@@ -485,7 +485,7 @@ def test_nan_in_a_loss(main, capsys, monkeypatch):
         return info | {"losses/critic": info["losses/critic"] * (float("nan") if calls[0] == 10 else 1)}
 
     monkeypatch.setattr(main.module.Agent, "update", diverging)
-    err = refused(main, capsys, *TINY, "--run-name", "a", "--checkpoint-every", 45, code=1)
+    err = refused(main, capsys, *TINY, "--utd", 1, "--run-name", "a", "--checkpoint-every", 45, code=1)
     assert "losses/critic" in err and "step 50" in err
     assert load("runs/a")["loop"][0] == 45
 
@@ -623,11 +623,18 @@ def test_dictionary_observations_train(main):
     assert load("runs/a")["rows"].shape == (45, 3 + 2 + 1 + 1 + 3)
 
 
-def test_one_line_says_what_runs(main, capsys):
-    assert main(*TINY, "--run-name", "a", "--critic-width", 600, "--total-timesteps", 10) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+def test_one_line_says_what_runs_and_one_for_how_long(main, capsys):
+    """All that is no default, the networks' sizes; after 300 agent steps that learn, the speed and the time left."""
+    assert main(*TINY, "--run-name", "a", "--critic-width", 600, "--eval-every", 999, "--total-timesteps", 340) == 0
+    line, speed, end = capsys.readouterr().out.splitlines()
     actor = main.module.MLP(3, 16, 2 * 2, main.module.Args())
-    assert line.startswith("runs/a: tiny_envs:Truncated-v0 on CPU") and "--critic-width 256" in line
+    assert (
+        line.startswith("runs/a on CPU, ") and "env_id tiny_envs:Truncated-v0, total_timesteps 340, device cpu" in line
+    )
+    assert "critic_width 600" in line and "gamma" not in line and end.startswith("ended at step 340")
+    assert re.fullmatch(r"[1-9]\d* steps/s, 0 min to go; slow on a CPU, try --critic-width 256", speed)
+    assert main(*TINY, "--run-name", "b", "--eval-every", 999, "--total-timesteps", 345) == 0
+    assert re.search(r"steps/s, 0 min to go$", capsys.readouterr().out, re.M)
     assert f"actor {sum(p.numel() for p in actor.parameters())} parameters; buffer 40,000,000 bytes" in line
 
 
