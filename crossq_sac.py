@@ -401,12 +401,12 @@ def train(args: Args, checkpoint: dict) -> int:
         ok = np.isfinite(np.hstack([last_obs, next_obs, obs, reward], dtype=np.float32)).all()
         check(ok, f"NaN or infinity from the environment at step {step}: an observation, or the reward {reward}", 1)
         if agent_step > args.learning_starts:
-            for _ in range(args.utd):
+            for update in range(args.utd):
                 info |= agent.update(buffer.sample(args.batch_size, rng), rng)
-            for key, value in info.items():
-                check(math.isfinite(value), f"{key} became NaN or infinite at step {step}", 1)
-                if agent_step % 1000 == 0:
-                    writer.add_scalar(key, value, step)
+                for key, value in info.items():
+                    check(math.isfinite(value), f"{key} became NaN or infinite at step {step}", 1)
+                    if agent_step % 1000 == 0 and update == args.utd - 1:
+                        writer.add_scalar(key, value, step)
         if agent_step == warm:  # compiled by now
             first, start = step, time.perf_counter()
         speed = (step - first) / (time.perf_counter() - start + 1e-9)  # environment steps per second

@@ -485,7 +485,8 @@ def test_nan_in_a_loss(main, capsys, monkeypatch):
         return info | {"losses/critic": info["losses/critic"] * (float("nan") if calls[0] == 10 else 1)}
 
     monkeypatch.setattr(main.module.Agent, "update", diverging)
-    err = refused(main, capsys, *TINY, "--utd", 1, "--run-name", "a", "--checkpoint-every", 45, code=1)
+    calls[0] = -9  # so the first of step 50's two updates; the second is finite again
+    err = refused(main, capsys, *TINY, "--utd", 2, "--run-name", "a", "--checkpoint-every", 45, code=1)
     assert "losses/critic" in err and "step 50" in err
     assert load("runs/a")["loop"][0] == 45
 
