@@ -137,8 +137,7 @@ class BatchRenorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
-            k = self.scale / (self.running_var + self.eps).sqrt()
-            return x * k + (self.bias - self.running_mean * k)
+            return (x - self.running_mean) * (self.scale / (self.running_var + self.eps).sqrt()) + self.bias
         mean = x.mean(-2, keepdim=True)
         centred = x - mean
         var = centred.square().mean(-2, keepdim=True)  # biased, for the running average too
@@ -322,6 +321,9 @@ def train(args: Args, checkpoint: dict) -> int:
     obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    torch.set_float32_matmul_precision("medium")  # oneDNN's products, twice as fast as MKL's on AMD with AVX-512
+    if ((a := torch.rand(256, 256, device=device)) @ a - a.double() @ a.double()).abs().max() > 1e-3:
+        torch.set_float32_matmul_precision("highest")  # there they are no float32 products: AMX's bfloat16, CUDA's TF32
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -355,10 +357,9 @@ def train(args: Args, checkpoint: dict) -> int:
 
     def save() -> None:
         """After a kill or a power cut at any instant, checkpoint.pt is the old one or the new one, whole."""
-        state = {"script": SCRIPT.name, "args": vars(args), "rng": rng.get_state(), "obs": obs.tolist()}
+        state = {name: part.state_dict() for name, part in parts.items()} | {"script": SCRIPT.name, "args": vars(args)}
         state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "position": buffer.position}
-        state |= {"rows": buffer.rows[: buffer.size].cpu().clone()}  # uncloned, all rows would be written
-        state |= {name: part.state_dict() for name, part in parts.items()}
+        state |= {"rng": rng.get_state(), "obs": obs.tolist(), "rows": buffer.rows[: buffer.size].cpu().clone()}
         with open(run_dir / "checkpoint.tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -384,7 +385,6 @@ def train(args: Args, checkpoint: dict) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: stop.append(number))
     while step < args.total_timesteps and not stop:
-        # ALGO LOGIC: one agent step, then `utd` updates
         if agent_step < args.learning_starts:
             action = torch.rand(action_dim, generator=rng, device=device).cpu().numpy() * 2 - 1
         else:

@@ -1,7 +1,7 @@
 """CrossQ + WN, in one file (Palenicek et al., NeurIPS 2025, arXiv 2502.07523): CrossQ for high update-to-data ratios.
 
-Batch norm makes a layer blind to the scale of the weights before it, so their norm can only grow and the effective
-learning rate only fall, the faster the more updates. Projecting each neuron's weights back to unit norm stops both.
+Batch norm makes a layer blind to the scale of the weights before it: updates only lengthen them, and the effective
+learning rate falls. Projecting each neuron's weights back to unit norm after every update stops both.
 
     python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0 --utd 5
 """
@@ -128,12 +128,10 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(shape))
 
     def forward(self, x: torch.Tensor, momentum: float = 0.99, eps: float = 1e-3) -> torch.Tensor:
-        mean, var = self.running_mean, self.running_var
-        if self.training:
-            mean = x.mean(-2, keepdim=True)
-            var = (x - mean).square().mean(-2, keepdim=True)  # biased, for the running average too
-            if torch.is_grad_enabled():  # so not of a target network
-                torch._foreach_lerp_([self.running_mean, self.running_var], [mean.detach(), var.detach()], 1 - momentum)
+        mean = x.mean(-2, keepdim=True) if self.training else self.running_mean
+        var = (x - mean).square().mean(-2, keepdim=True) if self.training else self.running_var  # biased, in both
+        if self.training and torch.is_grad_enabled():  # so not of a target network
+            torch._foreach_lerp_([self.running_mean, self.running_var], [mean.detach(), var.detach()], 1 - momentum)
         return (x - mean) * (self.scale / (var + eps).sqrt()) + self.bias
 
 
@@ -322,6 +320,9 @@ def train(args: Args, checkpoint: dict) -> int:
     obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    torch.set_float32_matmul_precision("medium")  # oneDNN's products, twice as fast as MKL's on AMD with AVX-512
+    if ((a := torch.rand(256, 256, device=device)) @ a - a.double() @ a.double()).abs().max() > 1e-3:
+        torch.set_float32_matmul_precision("highest")  # there they are no float32 products: AMX's bfloat16, CUDA's TF32
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -355,10 +356,9 @@ def train(args: Args, checkpoint: dict) -> int:
 
     def save() -> None:
         """After a kill or a power cut at any instant, checkpoint.pt is the old one or the new one, whole."""
-        state = {"script": SCRIPT.name, "args": vars(args), "rng": rng.get_state(), "obs": obs.tolist()}
+        state = {name: part.state_dict() for name, part in parts.items()} | {"script": SCRIPT.name, "args": vars(args)}
         state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "position": buffer.position}
-        state |= {"rows": buffer.rows[: buffer.size].cpu().clone()}  # uncloned, all rows would be written
-        state |= {name: part.state_dict() for name, part in parts.items()}
+        state |= {"rng": rng.get_state(), "obs": obs.tolist(), "rows": buffer.rows[: buffer.size].cpu().clone()}
         with open(run_dir / "checkpoint.tmp", "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -384,7 +384,6 @@ def train(args: Args, checkpoint: dict) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: stop.append(number))
     while step < args.total_timesteps and not stop:
-        # ALGO LOGIC: one agent step, then `utd` updates
         if agent_step < args.learning_starts:
             action = torch.rand(action_dim, generator=rng, device=device).cpu().numpy() * 2 - 1
         else:

@@ -36,13 +36,15 @@ RUN = MAY_CHANGE | {"env_id", "seed", "total_timesteps", "run_name", "resume", "
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """Runs in this process must keep neither its signal handlers, nor the search path, nor the logger's level."""
+    """Runs in this process must keep neither its signal handlers, nor the search path, nor other settings of it."""
     saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(gym.logger, "min_level", gym.logger.min_level)
     yield
     for number, handler in saved.items():
         signal.signal(number, handler)
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture
@@ -602,6 +604,26 @@ def test_evaluate_leaves_the_run_as_it_is(main, whole, capsys):
     shutil.copytree(whole(main), "runs/a")
     assert main("--evaluate", "runs/a", "--eval-episodes", 3) == 0
     assert "10.0 ± 0.0" in capsys.readouterr().out and files("runs/a") == files(whole(main))
+
+
+@every_script
+@pytest.mark.parametrize("processor", ["this one", "exact", "rounds"])
+def test_matrix_products_are_of_float32(main, monkeypatch, processor):
+    """The fast products are taken if they are exact; not from a processor that rounds them to bfloat16 (stand-in)."""
+    exact = torch.Tensor.__matmul__
+
+    def product(a, b):
+        if processor == "rounds" and a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium":
+            a, b = a.bfloat16(), b.bfloat16()
+        return exact(a.double(), b.double()).float()
+
+    if processor != "this one":
+        monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    assert main(*TINY, "--total-timesteps", 20) == 0
+    if processor != "this one":
+        assert torch.get_float32_matmul_precision() == {"exact": "medium", "rounds": "highest"}[processor]
+    a = torch.rand(300, 300)
+    assert (a @ a - exact(a.double(), a.double())).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("key", ["is_success", "success", "solved"])
