@@ -318,7 +318,7 @@ def curve_panels(runs: list[Run], statistic: str) -> list[Panel]:
             if curve.steps[-1:] != ends[-1:]:
                 note(f"{setting}, {env}: seeds end at {ends}, their last common step is {curve.steps[-1:]}")
         curves = {setting: curve for setting, curve in curves.items() if curve.steps}
-        last = max((curve.steps[-1] for curve in curves.values()), default=0)
+        last = max(10_000, *(curve.steps[-1] for curve in curves.values()))  # published curves begin at 6000 steps
         ylabel = "success rate" if success else "evaluation return"
         panels.append(Panel(env, ylabel, "linear", curves, published([env], last, statistic)))
     return panels

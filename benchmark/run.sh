@@ -16,7 +16,8 @@
 #   myosuite     its 10 MyoSuite tasks; the same scripts; 10 x 1M
 #   ablations    CrossQ's ablations, on its MuJoCo tasks; 5 x 1M
 #   utd-scaling  crossq_wn_highutd at UTD 1, 2, 5 with and without weight normalisation, on dmc's tasks; 10 x 1M
-#   quick        all four on two cheap tasks, 256 wide, 3 x 5000 steps; plots at the end
+#   quick        all four on two cheap tasks, 256 wide, 3 x 5000 steps; plots at the end. Updates begin at step 1000,
+#                those of the published runs at 5000
 #
 # What to run:
 #   --scripts "A B"   --envs "E F"   --seeds "1 2" (default 1)   --steps N (environment steps; default 1000000)

@@ -138,6 +138,13 @@ def test_normalisation_and_names():
         assert plot.published([env], 200_000, "iqm"), f"nothing published of {env}"
 
 
+def test_a_run_shorter_than_the_published_ones_has_them_in_view(tmp_path, drawn):
+    write_evaluations(tmp_path / "crossq" / "HalfCheetah-v4" / "1.csv", 1, 5000, every=1000)
+    plot.main(["--results", str(tmp_path)])
+    ours, *theirs = drawn["curves.png"].axes[0].lines
+    assert ours.get_xdata()[-1] == 5000 and theirs[0].get_xdata().tolist() == [6000, 8000, 10_000]
+
+
 def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
     """The layout of benchmark/results, one seed unfinished, with probe files."""
     for setting, rate in (("crossq", 200), ("sac", 100)):
