@@ -355,7 +355,7 @@ def train(args: Args, checkpoint: dict) -> int:
         check(obs.tolist() == checkpoint["obs"], f"{args.env_id} is not deterministic: it cannot be resumed", 1)
 
     def save() -> None:
-        """After a kill or a power cut at any instant, checkpoint.pt is the old one or the new one, whole."""
+        """Killed at any time, checkpoint.pt is the old or the new one, whole. Uncloned, all rows would be written."""
         state = {name: part.state_dict() for name, part in parts.items()} | {"script": SCRIPT.name, "args": vars(args)}
         state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "position": buffer.position}
         state |= {"rng": rng.get_state(), "obs": obs.tolist(), "rows": buffer.rows[: buffer.size].cpu().clone()}
