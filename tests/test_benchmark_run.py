@@ -271,8 +271,10 @@ def slurm():
         pytest.skip("no Slurm: no sbatch with a cluster that answers, and none can be started here")
 
 
-def test_slurm_array(tmp_path, call, slurm):
-    """Two tasks, one at a time; the one in its middle gets the SIGTERM of a time limit, is requeued, and resumes."""
+@pytest.mark.parametrize("end", ["time limit", "pre-emption"])
+def test_slurm_array(tmp_path, call, slurm, end):
+    """Two tasks, one at a time. The one in its middle gets the SIGTERM of a time limit, to its batch shell, and asks for
+    a requeue, or the SIGTERM of a pre-emption, to all its processes, and Slurm requeues it; either way it resumes."""
     (tmp_path / "open").unlink()
     command = grid("--launcher", "slurm", "--jobs", "1", "--time", "10", scripts=["sac_baseline"], seeds=[1])
     result = call([*command, "--dry-run"])
@@ -289,7 +291,11 @@ def test_slurm_array(tmp_path, call, slurm):
         again = call(command)
         assert again.returncode == 2 and "still queued" in again.stderr
         wait_for(lambda: [*tmp_path.glob("waiting-*")], "the second task is in its middle")
-        subprocess.run(["scancel", "--batch", "--signal=TERM", f"{array}_1"], check=True)
+        signalled = {
+            "time limit": ["scancel", "--batch", "--signal=TERM", f"{array}_1"],
+            "pre-emption": ["scontrol", "requeue", f"{array}_1"],  # as Slurm itself does with PreemptMode=REQUEUE
+        }
+        subprocess.run(signalled[end], check=True)
         time.sleep(1)
         (tmp_path / "open").touch()
         wait_for(lambda: not jobs().strip(), "the array ends")
