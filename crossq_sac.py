@@ -14,7 +14,6 @@ so with the statistics of their mixture, and is wider. That matches REDQ and Dro
 #   "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'"]
 # ///
 import contextlib
-import csv
 import dataclasses
 import importlib.metadata
 import io
@@ -73,6 +72,7 @@ class Args:
     capture_video: bool = False  # mp4 of an evaluation's first episode (needs moviepy; headless: libegl1)
     track: bool = False  # log to Weights & Biases too (needs wandb)
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: from 20 000 updates on, where there is g++
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: TF32, medium: bfloat16, where supported
 
 
 def check(ok: bool, message: str, code: int = 2) -> None:
@@ -323,7 +323,7 @@ def train(args: Args, checkpoint: dict) -> int:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     torch.set_float32_matmul_precision("medium")  # oneDNN's products, twice as fast as MKL's on AMD with AVX-512
     if ((a := torch.rand(256, 256, device=device)) @ a - a.double() @ a.double()).abs().max() > 1e-3:
-        torch.set_float32_matmul_precision("highest")  # there they are no float32 products: AMX's bfloat16, CUDA's TF32
+        torch.set_float32_matmul_precision(args.matmul_precision)  # there medium rounds: to bfloat16 (AMX), TF32 (CUDA)
     torch.manual_seed(args.seed)
     agent = Agent(obs_dim, action_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
@@ -373,8 +373,8 @@ def train(args: Args, checkpoint: dict) -> int:
     git = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>/dev/null").read().strip()
     about = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")} | {"git": git}
     (run_dir / "args.json").write_text(json.dumps({"args": vars(args), "device": hardware} | about, indent=2))
-    table = csv.writer(open(run_dir / "evaluations.csv", "w", buffering=1), lineterminator="\n")  # flushed by the row
-    table.writerows([("step", "episode", "return", "length", "success"), *evaluations])
+    table = open(run_dir / "evaluations.csv", "w", buffering=1, newline="\n")  # flushed by the line
+    table.writelines(",".join(map(str, row)) + "\n" for row in [("step,episode,return,length,success",), *evaluations])
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in agent.named_children())
     advice = "; slow on a CPU, try --critic-width 256" if device.type == "cpu" and args.critic_width > 512 else ""
@@ -403,7 +403,7 @@ def train(args: Args, checkpoint: dict) -> int:
         if agent_step > args.learning_starts:
             for update in range(args.utd):
                 info |= agent.update(buffer.sample(args.batch_size, rng), rng)
-                for key, value in info.items():
+                for key, value in zip(info, torch.stack([*info.values()]).tolist()):  # CUDA is waited for once
                     check(math.isfinite(value), f"{key} became NaN or infinite at step {step}", 1)
                     if agent_step % 1000 == 0 and update == args.utd - 1:
                         writer.add_scalar(key, value, step)
@@ -415,7 +415,7 @@ def train(args: Args, checkpoint: dict) -> int:
         if step % args.eval_every < repeat:
             rows = evaluate(agent, eval_env, step)
             evaluations += rows
-            table.writerows(rows)
+            table.writelines(",".join(map(str, row)) + "\n" for row in rows)
             mean = float(np.mean([row[2] for row in rows]))
             writer.add_scalar("eval/return", mean, step)
             writer.add_scalar("charts/SPS", speed, step)

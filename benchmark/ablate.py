@@ -44,6 +44,30 @@ class Ablations:
     bn_momentum: float = 0.99  # share of the old running statistics kept at an update (PyTorch counts 1 - this)
     brn_warmup: int = 100_000  # training forwards of plain batch norm before batch renorm
     target_stats: Literal["own", "live"] = "own"  # of a batch-normalised target network: averaged, or the critic's
+    products: Literal["float32", "bfloat16"] = "float32"  # bfloat16: what --matmul-precision medium computes where the
+    # device supports it, on any device and no faster; to see what it does to learning
+
+
+def to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to the 8 bits of a bfloat16's significand, still float32 (Veltkamp's splitting: up to 1e33). Two casts
+    would be faster, so fast that torch.compile leaves them out."""
+    y = x * (2**16 + 1)
+    return y - (y - x)
+
+
+class Bfloat16Product(torch.autograd.Function):
+    """x @ w, and the two products of its gradient, of factors rounded to bfloat16, summed in float32."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        x, w = to_bfloat16(x), to_bfloat16(w)
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x, w), gradient = ctx.saved_tensors, to_bfloat16(gradient)
+        return gradient @ w.mT, x.mT @ gradient
 
 
 @dataclasses.dataclass
@@ -117,6 +141,7 @@ def ablate(script):
             super().__init__(n_in, width, n_out, args, ensemble)
             norm = args.critic_norm if ensemble else args.actor_norm  # only the critic is an ensemble
             norm = default if norm == "default" else norm
+            self.product = Bfloat16Product.apply if args.products == "bfloat16" else torch.matmul
             self.layer_norm, self.activation = norm == "ln", ACTIVATIONS[args.activation if ensemble else "relu"]
             if self.activation is F.glu:
                 script.check(width % 2 == 0, "--activation glu needs an even --critic-width")
@@ -130,10 +155,10 @@ def ablate(script):
             )
 
         def forward(self, x):
-            x = self.norms[0](x) @ self.weights[0] + self.biases[0]
+            x = self.product(self.norms[0](x), self.weights[0]) + self.biases[0]
             for k in (1, 2):
                 x = F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x
-                x = self.norms[k](self.activation(x)) @ self.weights[k] + self.biases[k]
+                x = self.product(self.norms[k](self.activation(x)), self.weights[k]) + self.biases[k]
             return x
 
     class Agent(script_agent):

@@ -23,6 +23,7 @@ FLAGS = [
         ["--activation", activation] for activation in ablate.ACTIVATIONS if activation != "relu6"
     ),  # no unit need reach 6
     ["--bootstrap-at-termination"],
+    ["--products", "bfloat16"],
 ]
 
 
@@ -146,3 +147,20 @@ def test_help_and_errors(capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         ablate.main(["crossq_sac.py", *TINY, "--activation", "glu", "--critic-width", "15"])
     assert e.value.code == 2 and "even --critic-width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_products(compiled):
+    """Factors as PyTorch rounds them; products and gradient of rounded factors. Compiled, nothing is left out."""
+    x = torch.cat([torch.randn(1000) * 10.0**k for k in range(-30, 30, 7)] + [torch.zeros(1)])
+    rounded = torch.compile(ablate.to_bfloat16) if compiled else ablate.to_bfloat16
+    assert torch.equal(rounded(x), x.bfloat16().float()) and not torch.equal(rounded(x), x)
+
+    x, w, g = torch.randn(2, 7, 5), torch.randn(2, 5, 3), torch.randn(2, 7, 3)
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    product = torch.compile(ablate.Bfloat16Product.apply) if compiled else ablate.Bfloat16Product.apply
+    y = product(a, b)
+    y.backward(g)
+    x, w, g = (t.bfloat16().double() for t in (x, w, g))
+    torch.testing.assert_close(y, (x @ w).float())
+    torch.testing.assert_close((a.grad, b.grad), ((g @ w.mT).float(), (x.mT @ g).float()))

@@ -273,8 +273,8 @@ def slurm():
 
 @pytest.mark.parametrize("end", ["time limit", "pre-emption"])
 def test_slurm_array(tmp_path, call, slurm, end):
-    """Two tasks, one at a time. The one in its middle gets the SIGTERM of a time limit, to its batch shell, and asks for
-    a requeue, or the SIGTERM of a pre-emption, to all its processes, and Slurm requeues it; either way it resumes."""
+    """Two tasks, one at a time. The one in its middle gets the SIGTERM of a time limit, to its batch shell, which asks
+    for a requeue, or that of a pre-emption, to all its processes, requeued by Slurm; either way it resumes."""
     (tmp_path / "open").unlink()
     command = grid("--launcher", "slurm", "--jobs", "1", "--time", "10", scripts=["sac_baseline"], seeds=[1])
     result = call([*command, "--dry-run"])

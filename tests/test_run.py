@@ -624,6 +624,9 @@ def test_matrix_products_are_of_float32(main, monkeypatch, processor):
         assert torch.get_float32_matmul_precision() == {"exact": "medium", "rounds": "highest"}[processor]
     a = torch.rand(300, 300)
     assert (a @ a - exact(a.double(), a.double())).abs().max() < 1e-3
+    for precision in ("high", "medium") if processor == "rounds" else ():  # asked for
+        assert main(*TINY, "--total-timesteps", 20, "--matmul-precision", precision, "--run-name", precision) == 0
+        assert torch.get_float32_matmul_precision() == precision
 
 
 @pytest.mark.parametrize("key", ["is_success", "success", "solved"])
@@ -709,7 +712,7 @@ def test_every_flag_of_the_algorithm_changes_the_networks(main, short_warmup):
     short_warmup(main.module, 2)
     assert main(*arguments, "--run-name", "plain") == 0
     plain, args = load("runs/plain")["agent"], load("runs/plain")["args"]
-    for name in args.keys() - RUN:
+    for name in args.keys() - RUN - {"matmul_precision"}:  # it changes what the processor can, which may be nothing
         assert main(*arguments, *another(name, args[name]), "--run-name", name) == 0
         changed = load(f"runs/{name}")["agent"]
         networks = [key for key in plain if key.startswith(("critic.", "actor."))]
@@ -718,7 +721,7 @@ def test_every_flag_of_the_algorithm_changes_the_networks(main, short_warmup):
 
 PAPER = {"critic_width": 2048, "actor_width": 256, "n_critics": 2, "critic_lr": 1e-3, "actor_lr": 1e-3,
          "adam_beta1": 0.5, "policy_delay": 3, "utd": 1, "batch_size": 256, "buffer_size": 1_000_000,
-         "learning_starts": 5000, "gamma": 0.99, "action_repeat": 1}  # fmt: skip
+         "learning_starts": 5000, "gamma": 0.99, "action_repeat": 1, "matmul_precision": "highest"}  # fmt: skip
 SAC = {"alpha_lr": 1e-3, "alpha": 1.0}
 TD3 = {"exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5}
 BASELINE = {"critic_width": 256, "adam_beta1": 0.9, "policy_delay": 1, "tau": 0.005}
