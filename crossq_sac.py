@@ -72,7 +72,7 @@ class Args:
     capture_video: bool = False  # mp4 of an evaluation's first episode (needs moviepy; headless: libegl1)
     track: bool = False  # log to Weights & Biases too (needs wandb)
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: from 20 000 updates on, where there is g++
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: TF32, medium: bfloat16, where supported
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: CUDA's TF32; medium: AMX's bfloat16 too
 
 
 def check(ok: bool, message: str, code: int = 2) -> None:
@@ -101,7 +101,7 @@ def make_env(args: Args, **kwargs) -> gym.Env:
     if kwargs and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen too
     try:
-        env = gym.make({"dm_": "shimmy:", "myo": "myosuite:"}.get(args.env_id[:3], "") + args.env_id, **kwargs)
+        env = gym.make(re.sub("^(?=dm_.*/)", "shimmy:", re.sub("^(?=myo[^:]*$)", "myosuite:", args.env_id)), **kwargs)
     except Exception as e:  # gymnasium's own messages name near matches and missing packages
         check(False, f"{args.env_id}: {e} (suites: pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)")
     actions, obs, Box, Dict = env.action_space, env.observation_space, gym.spaces.Box, gym.spaces.Dict
@@ -124,8 +124,7 @@ class BatchRenorm(nn.Module):
 
     In training, x_hat = (x - mean_B) / std_B * r + d with r = std_B / std_running, d = (mean_B - mean_running) /
     std_running, clipped and constant to autograd: the value of inference, the gradient of batch norm. In the first
-    `warmup` forwards r = 1 and d = 0: batch norm. `shape` is (1, F), or (N, 1, F) for an ensemble.
-    """
+    `warmup` forwards r = 1 and d = 0: batch norm. `shape` is (1, F), or (N, 1, F) for an ensemble."""
 
     def __init__(self, shape, momentum=0.99, warmup=100_000, eps=1e-3, r_max=3.0, d_max=5.0):
         super().__init__()
@@ -178,7 +177,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths, self.position, self.size = [obs_dim, action_dim, 1, 1, obs_dim], 0, 0
         needed, pages = 4 * capacity * sum(self.widths), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else pages
+        memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else pages
         check(needed <= memory, f"--buffer-size {capacity:,} needs {needed:,} bytes of memory, there are {memory:,}")
         self.rows = torch.empty(capacity, sum(self.widths), device=device)  # on a CPU, memory is taken when written
 
@@ -293,7 +292,7 @@ def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
 def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     """The arguments, checked, and the checkpoint of --resume or --evaluate, otherwise {}."""
     args, checkpoint = tyro.cli(Args, args=argv), {}
-    args = tyro.cli(Args, args=argv, default=Args(**{"dm_": DMC, "myo": MYO}.get(args.env_id[:3], {})))
+    args = tyro.cli(Args, args=argv, default=Args(**{"dm_": DMC, "myo": MYO}.get(args.env_id.split(":")[-1][:3], {})))
     if (run_dir := args.evaluate if args.resume is None else args.resume) is not None:
         try:
             checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
@@ -309,7 +308,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
         high = {"gamma": 1, "tau": 1, "adam_beta1": 0.999}.get(name, 1e15)
         zero = high <= 1 or re.search("seed|starts|alpha_lr|noise|decay", name) is not None
         ok = type(value) not in (int, float) or (0 if zero else 1e-12) <= value <= high
-        check(ok, f"--{name.replace('_', '-')} is {value}; it must lie between 0 {'(included) ' * zero}and {high:g}")
+        check(ok, f"--{name.replace('_', '-')} is {value}; it must be {'>=' if zero else '>'} 0 and <= {high:g}")
     check(args.buffer_size >= args.batch_size, f"--buffer-size must be at least --batch-size, {args.batch_size}")
     check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none; use --device cpu or auto")
     return args, checkpoint
@@ -321,7 +320,7 @@ def train(args: Args, checkpoint: dict) -> int:
     obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    torch.set_float32_matmul_precision("medium")  # oneDNN's products, twice as fast as MKL's on AMD with AVX-512
+    torch.set_float32_matmul_precision("medium")  # oneDNN's products: faster than MKL's on AMD with AVX-512
     if ((a := torch.rand(256, 256, device=device)) @ a - a.double() @ a.double()).abs().max() > 1e-3:
         torch.set_float32_matmul_precision(args.matmul_precision)  # there medium rounds: to bfloat16 (AMX), TF32 (CUDA)
     torch.manual_seed(args.seed)
@@ -336,6 +335,7 @@ def train(args: Args, checkpoint: dict) -> int:
     check(new or checkpoint, f"{run_dir} already holds a run: --resume {run_dir}, or choose another --run-name")
     if args.capture_video:
         importlib.import_module("moviepy")
+        check(eval_env.reset() and eval_env.render() is not None, f"--capture-video: {args.env_id} draws no picture")
         eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/videos/{step}", lambda i: i % args.eval_episodes == 0)
     parts = {"agent": agent, "critic_opt": agent.critic_opt, "actor_opt": agent.actor_opt}
     for name in parts if checkpoint else ():
@@ -425,8 +425,8 @@ def train(args: Args, checkpoint: dict) -> int:
             save()
     save()
     writer.close()
-    progress.write(f"ended at step {step:,}; go on with: python {SCRIPT.name} --resume {run_dir}")
-    return 128 + stop[0] if stop else 0
+    progress.write(f"ended at step {step:,}; --resume {run_dir} goes on from here")
+    return eval_env.close() or (128 + stop[0] if stop else 0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(args, checkpoint)
     except ImportError as e:
-        check(False, f"{e}; this needs: pip install {e.name}")
+        check(False, f"{e}{f'; this needs: pip install {e.name}' if e.name else ''}")
     except (OSError, RuntimeError) as e:  # of the run's folder at the start, or later a full disk
         if isinstance(e, RuntimeError) and not isinstance(e.__context__, OSError):
             raise

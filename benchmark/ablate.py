@@ -14,7 +14,6 @@ program.
 import dataclasses
 import math
 import sys
-from pathlib import Path
 from typing import Literal
 
 import probe
@@ -44,8 +43,8 @@ class Ablations:
     bn_momentum: float = 0.99  # share of the old running statistics kept at an update (PyTorch counts 1 - this)
     brn_warmup: int = 100_000  # training forwards of plain batch norm before batch renorm
     target_stats: Literal["own", "live"] = "own"  # of a batch-normalised target network: averaged, or the critic's
-    products: Literal["float32", "bfloat16"] = "float32"  # bfloat16: what --matmul-precision medium computes where the
-    # device supports it, on any device and no faster; to see what it does to learning
+    products: Literal["float32", "bfloat16"] = "float32"  # bfloat16: of rounded factors, as an AMX processor computes
+    # with --matmul-precision medium, but on any processor and no faster; to see what that does to learning
 
 
 def to_bfloat16(x: torch.Tensor) -> torch.Tensor:
@@ -196,6 +195,9 @@ def ablate(script):
     train = script.train
 
     def train_ablated(args, checkpoint):
+        script.check(0 <= args.bn_momentum <= 1, f"--bn-momentum is {args.bn_momentum}; it must be >= 0 and <= 1")
+        has_target = default == "none" and args.critic_norm in ("brn", "bn")
+        script.check(args.target_stats == "own" or has_target, "--target-stats is of a batch-normalised target network")
         script.ReplayBuffer.bootstrap_at_termination = args.bootstrap_at_termination
         return train(args, checkpoint)
 
@@ -209,8 +211,8 @@ def main(argv: list[str]) -> int:
     if not argv or not argv[0].endswith(".py"):
         print(f"ablate.py: error: the first argument must be a script, not {argv[:1]}\n{__doc__}", file=sys.stderr)
         return 2
-    script, arguments = ablate(probe.load(argv[0])), argv[1:]
-    return script.main(probe.attach(script, arguments, Path(argv[0]).stem) if probed else arguments)
+    script = ablate(probe.load(argv[0]))
+    return (probe.attach(script) if probed else script).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def load_runs(folder: Path, x: str) -> list[Run]:
 
 def script_of(path: Path) -> list[str]:
     """The script of a run's folder, and the flags in its name; see the top."""
-    if match := re.fullmatch(r".+?__(?!probe__)(?:ablate_)?([a-zA-Z]\w*?(?:\+.+?)?)__\d+(?:__\d+)?", path.name):
+    if match := re.fullmatch(r".+?__(?:ablate_)?([a-zA-Z]\w*?(?:\+.+?)?)__\d+(?:__\d+)?", path.name):
         return match[1].split("+")
     if not (path / "checkpoint.pt").exists():
         fail(f"{path}: of which script? Call it ENV__SCRIPT__SEED__TIME, or leave its checkpoint.pt there")
@@ -318,7 +318,7 @@ def curve_panels(runs: list[Run], statistic: str) -> list[Panel]:
             if curve.steps[-1:] != ends[-1:]:
                 note(f"{setting}, {env}: seeds end at {ends}, their last common step is {curve.steps[-1:]}")
         curves = {setting: curve for setting, curve in curves.items() if curve.steps}
-        last = max(10_000, *(curve.steps[-1] for curve in curves.values()))  # published curves begin at 6000 steps
+        last = max([10_000, *(curve.steps[-1] for curve in curves.values())])  # published curves begin at 6000 steps
         ylabel = "success rate" if success else "evaluation return"
         panels.append(Panel(env, ylabel, "linear", curves, published([env], last, statistic)))
     return panels

@@ -15,6 +15,7 @@ NET/K/r_min, r_max, d_abs_max  corrections of batch renorm before layer K in its
 import csv
 import importlib.util
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -96,11 +97,14 @@ def load(path: str):
     return script
 
 
-def attach(script, arguments: list[str], name: str) -> list[str]:
-    """Makes the script's evaluations measure too; returns its arguments, with a run's name in them."""
-    if not {"--run-name", "--resume", "--evaluate", "--help"} & set(arguments):
-        arguments = [*arguments, "--run-name", f"{name}__probe__{int(time.time())}"]
-    evaluate = script.evaluate
+def attach(script):
+    """Makes the script's evaluations measure too; returns it."""
+    evaluate, train = script.evaluate, script.train
+
+    def named(args, checkpoint):
+        default = f"{args.env_id}__{script.SCRIPT.stem}__{args.seed}__{int(time.time())}"
+        args.run_name = re.sub(r"[/\\:]", "_", args.run_name or default)  # as the script will, but known here
+        return train(args, checkpoint)
 
     def probed(agent, env, step):
         rows = evaluate(agent, env, step)
@@ -111,16 +115,15 @@ def attach(script, arguments: list[str], name: str) -> list[str]:
         print(f"step {step}: " + ", ".join(f"{key} {value:.3g}" for key, value in values.items() if "q_bias" in key))
         return rows
 
-    script.evaluate = probed
-    return arguments
+    script.evaluate, script.train = probed, named
+    return script
 
 
 def main(argv: list[str]) -> int:
     if not argv or not argv[0].endswith(".py"):
         print(f"probe.py: error: the first argument must be a script, not {argv[:1]}\n{__doc__}", file=sys.stderr)
         return 2
-    script = load(argv[0])
-    return script.main(attach(script, argv[1:], Path(argv[0]).stem))
+    return attach(load(argv[0])).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -317,15 +317,16 @@ END
 
 run_task() { # one of the array's, in its batch shell
   local begun code=0 checkpoint=$runs/${names[$task]}/checkpoint.pt
+  local job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID of one of the tasks is that of the whole array
   begun=$(date +%s)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   run_one "$task" || code=$?
   # A SIGTERM while the job still counts as running comes before its time limit, or with a pre-emption's grace: again,
   # please. Not after scancel, though, and not if the time was too short to get anywhere.
-  if [[ -n $stopped && $code != 0 && $(scontrol show job -o "$SLURM_JOB_ID") = *JobState=RUNNING* ]] &&
+  if [[ -n $stopped && $code != 0 && $(scontrol show job -o "$job") = *JobState=RUNNING* ]] &&
     [[ -e $checkpoint ]] && (($(stat -c %Y "$checkpoint") >= begun)); then
     echo "${names[$task]}: stopped with a checkpoint; requeued"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
   fi
   exit "$code"
 }

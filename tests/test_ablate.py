@@ -164,3 +164,15 @@ def test_bfloat16_products(compiled):
     x, w, g = (t.bfloat16().double() for t in (x, w, g))
     torch.testing.assert_close(y, (x @ w).float())
     torch.testing.assert_close((a.grad, b.grad), ((g @ w.mT).float(), (x.mT @ g).float()))
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    ("crossq_sac.py", ["--bn-momentum", "1.5"], "--bn-momentum is 1.5"),
+    ("crossq_sac.py", ["--target-stats", "live"], "--target-stats is of"),
+    ("sac_baseline.py", ["--target-stats", "live"], "--target-stats is of"),
+])  # fmt: skip
+def test_wrong_flags(tmp_path, monkeypatch, capsys, script, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        ablate.main([script, *TINY, *flags])
+    assert end.value.code == 2 and message in capsys.readouterr().err and not Path("runs").exists()

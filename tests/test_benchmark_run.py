@@ -273,35 +273,41 @@ def slurm():
 
 @pytest.mark.parametrize("end", ["time limit", "pre-emption"])
 def test_slurm_array(tmp_path, call, slurm, end):
-    """Two tasks, one at a time. The one in its middle gets the SIGTERM of a time limit, to its batch shell, which asks
-    for a requeue, or that of a pre-emption, to all its processes, requeued by Slurm; either way it resumes."""
+    """Of two tasks in their middle, one gets the SIGTERM of a time limit, to its batch shell, which asks for a requeue,
+    or that of a pre-emption, to all its processes, requeued by Slurm. It resumes, and the other one goes on."""
     (tmp_path / "open").unlink()
-    command = grid("--launcher", "slurm", "--jobs", "1", "--time", "10", scripts=["sac_baseline"], seeds=[1])
+    one = {"scripts": ["sac_baseline"], "envs": ["gate:Gate-v0"]}
+    command = grid("--launcher", "slurm", "--jobs", "2", "--time", "10", **one)
     result = call([*command, "--dry-run"])
-    assert re.search(r"sbatch .*--requeue --signal=B:TERM@60 --array=0,1%1 --time=10\n", result.stdout)
+    assert re.search(r"sbatch .*--requeue --signal=B:TERM@60 --array=0,1%2 --time=10\n", result.stdout)
     assert not (tmp_path / "runs").exists()
     result = call(command)
     assert result.returncode == 0 and "submitted 2 of 2 runs" in result.stdout, result.stderr
     array = result.stdout.split()[0]
 
-    def jobs():
-        return subprocess.run(["squeue", "-h", "-r", "-j", array], capture_output=True, text=True).stdout
+    def jobs(*arguments):
+        return subprocess.run([*arguments, array], capture_output=True, text=True, check=True).stdout
 
     try:
         again = call(command)
         assert again.returncode == 2 and "still queued" in again.stderr
-        wait_for(lambda: [*tmp_path.glob("waiting-*")], "the second task is in its middle")
+        wait_for(lambda: len([*tmp_path.glob("waiting-*")]) == 2, "both tasks are in their middle")
+        # the task that has the array's own job id: what is asked for that id concerns all of them
+        shown = jobs("scontrol", "show", "job", "-o")
+        task = re.search(rf"JobId={array} ArrayJobId={array} ArrayTaskId=(\d)", shown)[1]
         signalled = {
-            "time limit": ["scancel", "--batch", "--signal=TERM", f"{array}_1"],
-            "pre-emption": ["scontrol", "requeue", f"{array}_1"],  # as Slurm itself does with PreemptMode=REQUEUE
+            "time limit": ["scancel", "--batch", "--signal=TERM", f"{array}_{task}"],
+            "pre-emption": ["scontrol", "requeue", f"{array}_{task}"],  # as Slurm itself does with PreemptMode=REQUEUE
         }
         subprocess.run(signalled[end], check=True)
         time.sleep(1)
         (tmp_path / "open").touch()
-        wait_for(lambda: not jobs().strip(), "the array ends")
+        wait_for(lambda: "_" not in jobs("squeue", "-h", "-r", "-o", "%i", "-j"), "the array ends")
     finally:
         subprocess.run(["scancel", array])
     found = runs(tmp_path / "runs")
-    assert {env: len(starts(run)) for (env, _, _), run in found.items()} == {"Truncated-v0": 1, "Gate-v0": 2}
+    assert {seed: len(starts(run)) for (_, _, seed), run in found.items()} == {
+        seed: 2 if seed == int(task) + 1 else 1 for seed in (1, 2)
+    }
     assert all((run / "finished").exists() for run in found.values())
     assert "all 2 runs" in call(command).stdout

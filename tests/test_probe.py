@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -87,8 +88,11 @@ def test_probe_does_not_change_the_run(tmp_path, monkeypatch, short_warmup, comp
 def test_probe_takes_every_script(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     flags = "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --total-timesteps 30"
-    arguments = f"{flags} --learning-starts 20 --eval-every 30 --eval-episodes 1 --device cpu --run-name a".split()
-    assert probe.main([f"{script}.py", *arguments]) == 0
-    rows = {k: float(v) for _, k, v in csv.reader(open("runs/a/probe.csv"))}
+    arguments = f"{flags} --learning-starts 20 --eval-every 30 --eval-episodes 1 --device cpu".split()
+    assert probe.main([f"{script}.py", *arguments]) == 0  # named as the script would
+    assert probe.main([f"{script}.py", *arguments, "--run-name=a/b"]) == 0
+    assert {re.sub(r"\d{10}", "TIME", path.name) for path in Path("runs").iterdir()} == {
+        f"tiny_envs_Terminated-v0__{script}__1__TIME", "a_b"}  # fmt: skip
+    rows = {k: float(v) for _, k, v in csv.reader(open("runs/a_b/probe.csv"))}
     assert math.isfinite(rows["q_bias/mean"]) and rows["critic/2/weight_norm"] > 0
     assert ("critic/1/r_min" in rows) == (script == "crossq_td3")

@@ -686,6 +686,33 @@ def test_video_of_an_evaluation(main, own_env, monkeypatch):
     assert not Path("runs/a/videos").exists()
     assert main("--evaluate", "runs/a", "--capture-video") == 0
     assert {p.name: p.read_text() for p in Path("runs/a/videos/10").glob("*.mp4")} == {"rl-video-episode-0.mp4": "11"}
+    arguments = ["--run-name", "b", "--total-timesteps", 100, "--eval-episodes", 1, "--capture-video"]
+    assert main(*TINY, "--env-id", env_id, *arguments) == 0  # an evaluation, so a video, at 50 and at the end
+    assert sorted(p.name[-5:] for p in Path("runs/b/videos/0").iterdir()) == ["0.mp4", "1.mp4"]
+
+
+@every_script
+@pytest.mark.parametrize("render, message", [("None", "draws no picture"), ("raise ImportError('no EGL')", "no EGL")])
+def test_a_video_that_cannot_be_made_is_noticed_first(main, capsys, own_env, monkeypatch, render, message):
+    def init(self, render_mode=None):
+        self.render_mode = render_mode
+        tiny_envs.Constant.__init__(self)
+
+    scope = {}
+    exec(f"def draw(self): {render}", scope)
+    monkeypatch.setitem(sys.modules, "moviepy", types.SimpleNamespace())
+    env_id = own_env(__init__=init, metadata={"render_modes": ["rgb_array"]}, render=scope["draw"])
+    line = refused(main, capsys, *TINY, "--env-id", env_id, "--run-name", "a", "--capture-video")
+    assert message in line and "pip" not in line and not Path("runs").exists()
+
+
+def test_own_module_may_be_called_like_a_suite(main):
+    for module in ("myown", "dm_own"):
+        Path(f"{module}.py").write_text(
+            "import gymnasium, tiny_envs\ngymnasium.register('Mine-v0', tiny_envs.Constant, disable_env_checker=True)"
+        )
+        assert main(*TINY, "--env-id", f"{module}:Mine-v0", "--run-name", module, "--total-timesteps", 10) == 0
+        assert load(f"runs/{module}")["args"]["action_repeat"] == 1
 
 
 def test_track_logs_to_weights_and_biases(main, monkeypatch):
