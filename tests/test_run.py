@@ -97,10 +97,8 @@ def another(name, value):
     """The arguments that give a field of Args another value."""
     if isinstance(value, bool):
         return [f"--no-{flag(name)[2:]}" if value else flag(name)]
-    return [
-        flag(name),
-        "other" if isinstance(value, str | None) else value + 1 if isinstance(value, int) else value / 2,
-    ]
+    text = "high" if name == "matmul_precision" else "other"
+    return [flag(name), text if isinstance(value, str | None) else value + 1 if isinstance(value, int) else value / 2]
 
 
 def load(run):
