@@ -104,6 +104,7 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen too
     try:
         env = gym.make(re.sub("^(?=dm_.*/)", "shimmy:", re.sub("^(?=myo[^:]*$)", "myosuite:", args.env_id)), **kwargs)
+        assert not kwargs or (env.reset() and env.render() is not None), "it draws no picture for --capture-video"
     except Exception as e:  # gymnasium's own messages name near matches and missing packages
         check(False, f"{args.env_id}: {e} (suites: pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)")
     actions, obs, Box, Dict = env.action_space, env.observation_space, gym.spaces.Box, gym.spaces.Dict
@@ -324,7 +325,6 @@ def train(args: Args, checkpoint: dict) -> int:
     check(new or checkpoint, f"{run_dir} already holds a run: --resume {run_dir}, or choose another --run-name")
     if args.capture_video:
         importlib.import_module("moviepy")
-        check(eval_env.reset() and eval_env.render() is not None, f"--capture-video: {args.env_id} draws no picture")
         eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/videos/{step}", lambda i: i % args.eval_episodes == 0)
     parts = {"agent": agent, "critic_opt": agent.critic_opt, "actor_opt": agent.actor_opt}
     for name in parts if checkpoint else ():

