@@ -59,8 +59,8 @@ AXES = {"steps": "environment steps", "hours": "wall-clock hours", "updates": "g
 SOURCE = "SimbaV2's repository"
 PUBLISHED = [  # file in published/, algorithm (None: no such column), band, label, line (none: only in the table)
     ("crossq_gym_lowstep.csv", None, "q15 q85", f"CrossQ, 2048 wide ({SOURCE}); band: 70 % of the 10 seeds", "--"),
-    ("gate_bootstrap.csv", "CrossQ(utd1)", "m3_q05 m3_q95", "", ""),
-    ("gate_bootstrap.csv", "SAC(utd1)", "m3_q05 m3_q95", f"SAC, mean ({SOURCE}); band: 90 % of means of 3 seeds", ":"),
+    ("gate_bootstrap.csv", "CrossQ(utd1)", "m5_q05 m5_q95", "", ""),
+    ("gate_bootstrap.csv", "SAC(utd1)", "m5_q05 m5_q95", f"SAC, mean ({SOURCE}); band: 90 % of means of 5 seeds", ":"),
     ("bro_official.csv", "BRO(utd10)", "", "BRO, UTD 10 (its repository)", (0, (4, 1, 1, 1))),
     ("simba_repos.csv", "SimBa(utd2)", "", f"SimBa, UTD 2 ({SOURCE})", (0, (1, 3))),
 ]
@@ -416,7 +416,7 @@ def around(setting: str, curve: Curve, step: int) -> list[np.ndarray]:
 
 def score_table(panels: list[Panel], args) -> list[str]:
     """Markdown: scores around 20, 50 and 100 thousand steps and the last, where there is an evaluation."""
-    beside = "published; a range: 5 to 95 % of the means of 3 seeds drawn from 10"
+    beside = "published; a range: 5 to 95 % of the means of 5 seeds drawn from 10"
     out = [f"| task | steps | setting | {caption(args)} | each seed | {beside} |", "|---|---|---|---|---|---|"]
     for panel in panels:
         for setting, curve in panel.curves.items():

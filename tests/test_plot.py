@@ -188,7 +188,7 @@ def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
 
     out, err = capsys.readouterr()
     rows = table_rows(out, "HalfCheetah-v4 | 20,000 | crossq")
-    band = "CrossQ(utd1) 2,868 to 4,521, SAC(utd1) 232 to 899"
+    band = "CrossQ(utd1) 3,069 to 4,338, SAC(utd1) 298 to 820"
     assert rows == [["HalfCheetah-v4", "20,000", "crossq", "4,020 [4,013, 4,027]", "4,010, 4,020, 4,030", band]]
     assert table_rows(out, "Pendulum-v1")[-1][1:5] == ["50,000", "sac", "4,760", "4,760"]  # with 45 000
     assert [row[1] for row in table_rows(out, "Hopper-v4")] == ["20,000", "50,000", "20,000", "40,000"] + [
