@@ -63,6 +63,7 @@ PUBLISHED = [  # file in published/, algorithm (None: no such column), band, lab
     ("gate_bootstrap.csv", "SAC(utd1)", "m5_q05 m5_q95", f"SAC, mean ({SOURCE}); band: 90 % of means of 5 seeds", ":"),
     ("bro_official.csv", "BRO(utd10)", "", "BRO, UTD 10 (its repository)", (0, (4, 1, 1, 1))),
     ("simba_repos.csv", "SimBa(utd2)", "", f"SimBa, UTD 2 ({SOURCE})", (0, (1, 3))),
+    ("simba_repos.csv", "SAC(utd1)", "", f"SAC, UTD 1 ({SOURCE})", (0, (1, 1))),
 ]
 WINDOW = 16_666  # environment steps over which the published steps to a return were smoothed
 
