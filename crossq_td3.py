@@ -61,9 +61,9 @@ class Args:
     buffer_size: int = 1_000_000  # transitions
     learning_starts: int = 5000  # uniformly random agent steps before the first update
     gamma: float = 0.99  # discount (Swimmer: 0.9999)
-    exploration_noise: float = 0.1  # standard deviation of the noise on the actions played
-    target_noise: float = 0.2  # standard deviation of the noise on a' (target policy smoothing)
-    target_noise_clip: float = 0.5  # bound of that noise
+    exploration_noise: float = 0.1  # standard deviation of the noise on the actions played, which are in [-1, 1]
+    target_noise: float = 0.2  # the same of the noise on a' (target policy smoothing)
+    target_noise_clip: float = 0.5  # bound of that noise, in the same unit
     action_repeat: int = 1  # environment steps per agent step; rewards are summed
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation

@@ -3,7 +3,7 @@
 Batch norm makes a layer blind to the scale of the weights before it: updates only lengthen them, and the effective
 learning rate falls. Projecting each neuron's weights back to unit norm after every update stops both.
 
-    python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0 --utd 5
+    python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0 --utd 5  # after a kill: --resume runs/NAME
 """
 
 # /// script

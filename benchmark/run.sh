@@ -100,7 +100,7 @@ case $preset in
     with crossq_sac "crossq_sac --"{"critic-width 256","adam-beta1 0.9","policy-delay 1","n-critics 1"}
     with "ablate crossq_sac --"{"bn-momentum 0.9","actor-norm none",bootstrap-at-termination}
     with "ablate crossq_sac --critic-norm "{bn,ln,none} # figures 8 and 13
-    with sac_baseline "sac_baseline --"{"critic-width 2048","utd 20"}
+    with sac_baseline "sac_baseline --"{"critic-width 2048","utd 20 --policy-delay 20"}
     with "ablate sac_baseline --critic-norm brn --target-stats "{own,live} # figure 9
     with "ablate sac_baseline --tau 1 --activation "{relu,tanh,relu6,sin,elu,glu,relu-over-max,layernormed-relu} ;; # 16
   utd-scaling)
