@@ -30,8 +30,8 @@ def q_bias(script, agent, env, step: int) -> dict[str, float]:
     """Normalised bias of Q(s_t, a_t) against the discounted soft Monte-Carlo return of the stochastic policy,
     G_t = r_t + gamma (G_t+1 - alpha log pi(a_t+1 | s_t+1)); without entropy for a deterministic policy (TD3).
 
-    Q is the minimum over the critics, as in the updates. As in Chen et al. 2021 (REDQ), the last 65 % of an episode that
-    a time limit cuts are left out: the returns that follow them are cut too.
+    Q is the minimum over the critics, as in the updates. As in REDQ (Chen et al. 2021), the last 65 % of an episode cut
+    by a time limit are left out: the returns that follow them are cut too.
     """
     agent.actor.eval()
     agent.critic.eval()
