@@ -65,6 +65,7 @@ PUBLISHED = [  # file in published/, algorithm (None: no such column), band, lab
     ("simba_repos.csv", "SimBa(utd2)", "", f"SimBa, UTD 2 ({SOURCE})", (0, (1, 3))),
     ("simba_repos.csv", "SAC(utd1)", "", f"SAC, UTD 1 ({SOURCE})", (0, (1, 1))),
 ]
+MARKERS = {None: "o", "SAC(utd1)": "s", "BRO(utd10)": "D", "SimBa(utd2)": "^"}  # where one has a single point
 WINDOW = 16_666  # environment steps over which the published steps to a return were smoothed
 
 
@@ -366,16 +367,18 @@ def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     counts, entries = defaultdict(set), {}
+    points = {label for panel in panels for _, label, _, values in panel.published if len(values) == 1}
     for axis, panel in zip(axes.flat, panels):
         for setting, curve in panel.curves.items():
             value, low, high = estimate(curve.values, args.statistic, args.interval)
             entries[setting] = axis.plot(curve.x, value, marker="o"[len(curve.x) > 1 :], **styles[setting])[0]
             axis.fill_between(curve.x, low, high, color=styles[setting]["color"], alpha=0.2, linewidth=0)
             counts[setting] |= set(map(len, curve.values))
-        for _, label, line, values in panel.published if args.x == "steps" else ():
+        for alg, label, line, values in panel.published if args.x == "steps" else ():
             if line:
                 value, *band = np.array(list(values.values())).T
-                entries[label] = axis.plot(values.keys(), value, linestyle=line, color="0.3")[0]
+                style = {"marker": MARKERS[alg], "markevery": [-1]} if label in points else {}
+                entries[label] = axis.plot(values.keys(), value, linestyle=line, color="0.3", **style)[0]
                 if band:
                     axis.fill_between(values.keys(), *band, color="0.3", alpha=0.12, linewidth=0)
         axis.set(title=panel.title, xlabel=AXES[args.x], ylabel=panel.ylabel, yscale=panel.scale, xlim=(0, None))

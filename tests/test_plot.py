@@ -158,6 +158,14 @@ def test_a_run_shorter_than_the_published_ones_has_them_in_view(tmp_path, drawn)
     assert ours.get_xdata()[-1] == 5000 and theirs[0].get_xdata().tolist() == [6000, 8000, 10_000]
 
 
+def test_a_published_curve_of_one_point_is_seen(tmp_path, drawn):
+    for env in ("dm_control_cheetah-run-v0", "dm_control_dog-run-v0"):  # up to 100 000 steps SAC has one point
+        write_evaluations(tmp_path / "crossq" / env / "1.csv", 1, 100_000)
+    plot.main(["--results", str(tmp_path)])
+    markers = [line.get_marker() for line in drawn["curves.png"].axes[0].lines]
+    assert sorted(markers) == ["", "D", "None", "s"]  # BRO; ours; SimBa, which has two points; SAC
+
+
 def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
     """The layout of benchmark/results, one seed unfinished, with probe files."""
     for setting, rate in (("crossq", 200), ("sac", 100)):
