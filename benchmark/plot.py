@@ -30,9 +30,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from scipy import stats
+try:
+    import matplotlib
+    import numpy as np
+    from scipy import stats
+except ImportError as e:
+    print(f"plot.py: error: {e}; this needs: pip install matplotlib==3.11.2 scipy==1.17.1", file=sys.stderr)
+    raise SystemExit(2) from None
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "plot"  # the same SVG every time
