@@ -17,7 +17,8 @@
 #   ablations    CrossQ's ablations, on its MuJoCo tasks; 5 x 1M
 #   utd-scaling  crossq_wn_highutd at UTD 1, 2, 5 with and without weight normalisation, on dmc's tasks; 10 x 1M
 #   quick        all four on two cheap tasks, 256 wide, 3 x 5000 steps; plots at the end. Updates begin at step 1000,
-#                those of the published runs at 5000
+#                those of the published runs at 5000. crossq_wn_highutd with UTD 2, the rates of its paper's second
+#                version, and a temperature that need not fall first
 #
 # What to run:
 #   --scripts "A B"   --envs "E F"   --seeds "1 2" (default 1)   --steps N (environment steps; default 1000000)
@@ -111,7 +112,8 @@ case $preset in
     default seeds "1 2 3"
     default steps 5000
     flags="--critic-width 256 --learning-starts 1000 --eval-every 1000 --eval-episodes 3 --compile off $flags"
-    with crossq_sac crossq_td3 "crossq_wn_highutd --utd 2" sac_baseline ;;
+    wn="--utd 2 --critic-lr 3e-4 --actor-lr 3e-4 --target-entropy 0.5 --alpha 0.01"
+    with crossq_sac crossq_td3 "crossq_wn_highutd $wn" sac_baseline ;;
   *) default seeds 1 ;;
 esac
 [[ ! $preset =~ ^(dmc|myosuite|utd-scaling)$ ]] || flags="--eval-every 25000 $flags" # as that paper does
