@@ -1,5 +1,6 @@
 """What keeps an update fast on every machine: few operators, no waiting for the device, no growing memory."""
 
+import functools
 import gc
 import importlib
 
@@ -65,6 +66,33 @@ def test_no_operator_waits_for_the_device(script):
         with Recorder() as recorder:
             update()
         assert len(recorder.names) > 50 and not WAITS & set(recorder.names)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_operator_mixes_devices(script, monkeypatch):
+    """What would fail on CUDA alone, seen without it: on the meta device no tensor has values, to read or to mix in."""
+    module, device, mixed = importlib.import_module(script.removesuffix(".py")), torch.device("meta"), []
+    for name in ("Adam", "AdamW"):
+        adam = functools.partial(getattr(torch.optim, name), foreach=False)
+        monkeypatch.setattr(torch.optim, name, lambda *args, fused, adam=adam, **kwargs: adam(*args, **kwargs))
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if len({x.device for x in tensors}) > 1:
+                mixed.append(function)
+            return function(*args, **(kwargs or {}))
+
+    args = module.Args(critic_width=32, actor_width=32, batch_size=32, buffer_size=500, compile="off")
+    with device:
+        agent = module.Agent(OBS, ACTIONS, args)
+    buffer = module.ReplayBuffer(500, OBS, ACTIONS, device)
+    buffer.size = 500
+    with Devices():
+        for _ in range(args.policy_delay):
+            info = agent.update(buffer.sample(32, None), None)
+    assert "losses/actor" in info and {value.device for value in info.values()} == {device}
+    assert not mixed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
