@@ -1,31 +1,34 @@
 """CrossQ on TD3, in one file (Bhatt et al., ICLR 2024, arXiv 1902.05605, section 4.1).
 
-The changes that make CrossQ of SAC, in `crossq_sac.py`, made to TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477): no
-target networks, neither of the critic nor of the actor; in exchange batch renormalisation, ONE forward pass of the
-critic on (s, a) and (s', a') together, and wider critics.
+What makes CrossQ of SAC in crossq_sac.py is done to TD3 (Fujimoto et al., ICML 2018, arXiv
+1802.09477): no target networks, neither of critic nor actor; in exchange batch renormalisation, one
+joint forward pass of the critic over (s, a) and (s', a'), and wider critics.
 
-    python crossq_td3.py --env-id Walker2d-v4                            # the paper's setting
-    python crossq_td3.py --env-id HalfCheetah-v4 --critic-width 256      # "CrossQ small", for a CPU
-    python crossq_td3.py --resume runs/NAME                              # go on after a kill; or --evaluate it
+    python crossq_td3.py --env-id Walker2d-v4                        # the paper's setting
+    python crossq_td3.py --env-id HalfCheetah-v4 --critic-width 256  # "CrossQ small", for a CPU
+    python crossq_td3.py --resume runs/NAME                          # go on after a kill
 """
 
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17", "tensorboard==2.21.0",
-#   "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'", "numpy==2.2.6; python_version < '3.11'"]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17",
+#   "tensorboard==2.21.0", "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'",
+#   "numpy==2.2.6; python_version < '3.11'"]
 # ///
 import contextlib
 import dataclasses
-import importlib.metadata
-import io
+import importlib.util
+import inspect
 import json
 import math
 import os
 import re
-import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -34,60 +37,381 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).resolve()
-MAY_CHANGE = "total_timesteps device compile eval_every eval_episodes checkpoint_every capture_video track".split()
-DMC = {"action_repeat": 2, "critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1}  # defaults for dm_control/... (A.1)
-MYO = {"action_repeat": 2, "gamma": 0.95}  # defaults for myo...
+TRUNCATED_NORMAL_STD = 0.87962566103423978  # of a standard normal cut off at -2 and 2
+COMPILE_AFTER = {"on": 0, "auto": 2000, "off": math.inf}  # updates
+LONGEST_EPISODE = 100_000  # environment steps; where nothing else ends an episode, this does
 
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Walker2d-v4"  # Gymnasium id; your own: my_module:MyEnv-v0, found from the current directory
-    seed: int = 1  # seed of the networks, the exploration and the environment
+    env_id: str = "Walker2d-v4"  # Gymnasium id; your own: my_module:MyEnv-v0
+    seed: int = 1  # of networks, exploration and environment
     total_timesteps: int = 1_000_000  # environment steps
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    critic_width: int = 2048  # units per hidden layer (paper 3.3; 256 is "CrossQ small")
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    critic_width: int = 2048  # units per hidden layer (section 3.3; "CrossQ small": 256)
     actor_width: int = 256  # units per hidden layer
-    n_critics: int = 2  # Q-functions in the ensemble
-    critic_lr: float = 1e-3  # Adam (table 1; DeepMind Control: 8e-4)
-    actor_lr: float = 1e-3  # Adam (table 1; DeepMind Control: 8e-4)
-    adam_beta1: float = 0.5  # of actor and critic (table 1; Adam's default is 0.9)
-    policy_delay: int = 3  # critic updates per actor update (table 1; DeepMind Control: 1)
+    n_critics: int = 2  # Q-functions
+    critic_lr: float = 1e-3  # Adam (table 1)
+    actor_lr: float = 1e-3  # Adam (table 1)
+    adam_beta1: float = 0.5  # of critic and actor (table 1; Adam's default: 0.9)
+    policy_delay: int = 3  # critic updates per actor update (table 1)
+    brn_warmup: int = 100_000  # training forwards of plain batch norm first (table 1)
     utd: int = 1  # critic updates per agent step (update-to-data ratio)
     batch_size: int = 256  # transitions
     buffer_size: int = 1_000_000  # transitions
-    learning_starts: int = 5000  # uniformly random agent steps before the first update
+    learning_starts: int = 5000  # random agent steps before the first update
     gamma: float = 0.99  # discount (Swimmer: 0.9999)
-    exploration_noise: float = 0.1  # standard deviation of the noise on the actions played, which are in [-1, 1]
-    target_noise: float = 0.2  # the same of the noise on a' (target policy smoothing)
-    target_noise_clip: float = 0.5  # bound of that noise, in the same unit
-    action_repeat: int = 1  # environment steps per agent step; rewards are summed
+    exploration_noise: float = 0.1  # std of the noise on the actions played, which are in [-1, 1]
+    target_noise: float = 0.2  # std of the noise on a' (target policy smoothing)
+    target_noise_clip: float = 0.5  # bound of the noise on a'
+    action_repeat: int = 1  # environment steps per agent step
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation
-    run_name: str | None = None  # folder under runs/; default ENV__SCRIPT__SEED__TIME
+    run_name: str | None = None  # folder under runs/; default ENV__PROGRAM__SEED__TIME
     checkpoint_every: int = 25_000  # environment steps between checkpoints
     resume: str | None = None  # runs/NAME: go on from its checkpoint
     evaluate: str | None = None  # runs/NAME: evaluate its policy and exit
-    capture_video: bool = False  # mp4 of an evaluation's first episode (needs moviepy; headless: libegl1)
     track: bool = False  # log to Weights & Biases too (needs wandb)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: from 20 000 updates on, where there is g++
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: CUDA's TF32; medium: AMX's bfloat16 too
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: after 2000 updates
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: TF32 on CUDA
+
+    MAY_BE_ZERO = {"seed", "adam_beta1", "brn_warmup", "learning_starts", "gamma"}
+    MAY_BE_ZERO |= {"exploration_noise", "target_noise", "target_noise_clip"}
+    AT_MOST = {"adam_beta1": 0.999, "gamma": 1}
+    MAY_CHANGE = {
+        "device",
+        "compile",
+        "total_timesteps",
+        "eval_every",
+        "eval_episodes",
+    }  # by a resume
+    MAY_CHANGE |= {"checkpoint_every", "track", "resume", "evaluate"}
+
+    @staticmethod
+    def suite_defaults(env_id):
+        """What differs on DeepMind Control (appendix A.1) and on MyoSuite."""
+        dmc = {"action_repeat": 2, "critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1}
+        myo = {"action_repeat": 2, "gamma": 0.95}
+        return {"shimmy": dmc, "myosuite": myo}.get(suite_of(env_id), {})
 
 
-def check(ok: bool, message: str, code: int = 2) -> None:
-    """Unless ok, end with one line. Code 2: a wrong argument, environment or checkpoint; 1: a run that went wrong."""
-    if not ok:
-        print(f"{SCRIPT.name}: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(code)
+# ---------------------------------------------------------------------------------- the algorithm
 
 
-class ActionRepeat(gym.Wrapper):
-    """Plays each action `n` times, sums the rewards, stops at an episode's end."""
+class BatchRenorm(nn.Module):
+    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the rows of x [..., B, F].
+
+    In training, x is normalised by its own mean and std and then moved to where the running ones
+    would put it: times r = std / running_std, plus d = (mean - running_mean) / running_std. Both
+    are clipped, and constants to the gradient. In the first `warmup` training forwards r = 1 and
+    d = 0: batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side.
+    """
+
+    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0
+
+    def __init__(self, shape, warmup=100_000):
+        super().__init__()
+        self.warmup = warmup
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training forwards
+
+    def forward(self, x):
+        running_std = (self.running_var + self.eps).sqrt()
+        if not self.training:
+            return (x - self.running_mean) * (self.scale / running_std) + self.bias
+        mean = x.mean(-2, keepdim=True)
+        centred = x - mean
+        var = centred.square().mean(-2, keepdim=True)  # biased, for the running average too
+        std = (var + self.eps).sqrt()
+        with torch.no_grad():
+            warmed_up = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
+            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
+            self.r = torch.where(warmed_up, r, 1.0)
+            self.d = torch.where(warmed_up, d, 0.0)
+            # Only now do the statistics move: r and d are made of the old ones.
+            self.running_mean.lerp_(mean, 1 - self.momentum)
+            self.running_var.lerp_(var, 1 - self.momentum)
+            self.steps += 1
+        return (centred * (self.r / std) + self.d) * self.scale + self.bias
+
+
+class MLP(nn.Module):
+    """Norm -> (dense -> ReLU -> norm) x 2 -> dense: [B, n_in] -> [B, n_out].
+
+    With ensemble=(N,) it is N networks side by side: [B, n_in] -> [N, B, n_out].
+    """
+
+    def __init__(self, n_in, width, n_out, brn_warmup, ensemble=()):
+        super().__init__()
+        self.norms = nn.ModuleList()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for n, m in ((n_in, width), (width, width), (width, n_out)):
+            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as the official code
+            weight = torch.empty(*ensemble, n, m)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+            self.norms.append(BatchRenorm((*ensemble, 1, n), brn_warmup))
+            self.weights.append(weight)
+            self.biases.append(torch.zeros(*ensemble, 1, m))
+
+    def forward(self, x):
+        x = self.norms[0](x) @ self.weights[0] + self.biases[0]
+        x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
+        return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
+
+
+class Agent(nn.Module):
+    """Networks, optimisers, losses and updates.
+
+    O and A are the sizes of an observation and of an action, B is the batch's. Actions are in
+    [-1, 1].
+    """
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        self.obs_dim, self.action_dim, self.args = obs_dim, action_dim, args
+        self.n_updates = 0
+        self.reset()
+
+    def reset(self):
+        """Fresh networks and optimisers, from PyTorch's global generator."""
+        self.critic = self.make_critic()
+        self.actor = self.make_actor()
+        self.optimizers = self.make_optimizers()
+
+    def make_critic(self):
+        """All Q-functions at once: [B, O + A] -> [n_critics, B, 1]."""
+        n_in, args = self.obs_dim + self.action_dim, self.args
+        return MLP(n_in, args.critic_width, 1, args.brn_warmup, ensemble=(args.n_critics,))
+
+    def make_actor(self):
+        """The action before tanh: [B, O] -> [B, A]."""
+        return MLP(self.obs_dim, self.args.actor_width, self.action_dim, self.args.brn_warmup)
+
+    def make_optimizers(self):
+        """By name."""
+        args, betas = self.args, (self.args.adam_beta1, 0.999)
+        return {
+            "critic": Adam(self.critic.parameters(), args.critic_lr, betas, fused=True),
+            "actor": Adam(self.actor.parameters(), args.actor_lr, betas, fused=True),
+        }
+
+    def policy(self, obs):
+        """Deterministic: obs [B, O] -> action [B, A]."""
+        return self.actor(obs).tanh()
+
+    def q(self, critic, obs, action):
+        """obs [B, O], action [B, A] -> the Q of every critic [n_critics, B]."""
+        return critic(torch.cat([obs, action], -1)).squeeze(-1)
+
+    def target_q(self, next_q, draws):
+        """From [n_critics, B] to the target's [B]; `draws` is for subclasses."""
+        return next_q.min(0).values
+
+    def actor_q(self, q):
+        """From [n_critics, B] to what the actor maximises [B]; TD3 itself: the first critic."""
+        return q.min(0).values
+
+    def critic_loss(self, batch, draws):
+        """Half the squared Bellman error: mean over the batch, sum over the critics."""
+        obs, action, reward, terminated, next_obs = batch
+        self.actor.eval()
+        with torch.no_grad():
+            clip = self.args.target_noise_clip
+            noise = (self.args.target_noise * draws["noise"]).clamp(-clip, clip)
+            next_action = (self.policy(next_obs) + noise).clamp(-1, 1)
+
+        # The joint pass (figure 2). One forward of 2B rows normalises both halves by the mean and
+        # variance of their mixture. The target is detached, and yet (s', a') takes part in q's
+        # gradient through these shared statistics: two passes would be another algorithm.
+        self.critic.train()
+        both_obs = torch.cat([obs, next_obs])  # [2B, O]
+        both_actions = torch.cat([action, next_action])  # [2B, A]
+        q, next_q = self.q(self.critic, both_obs, both_actions).chunk(2, -1)  # [n_critics, B] each
+
+        next_value = self.target_q(next_q, draws)
+        target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()  # [B]
+        loss = 0.5 * (q - target).square().mean(-1).sum()
+        return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
+
+    def actor_loss(self, batch):
+        """The Q-value of the actor's actions, negated."""
+        obs = batch[0]
+        self.actor.train()
+        action = self.policy(obs)
+        self.critic.eval()
+        q = self.q(self.critic, obs, action)  # [n_critics, B]
+        loss = -self.actor_q(q).mean()
+        return loss, {"losses/actor": loss}
+
+    def draw(self, batch, rng):
+        """The randomness of a critic update, made outside compiled code: noise [B, A] on a'."""
+        return {"noise": torch.randn(batch[1].shape, generator=rng, device=rng.device)}
+
+    def update(self, batch, rng):
+        """A critic update and, every policy_delay-th time, an actor update; returns scalars."""
+        info = self.descend("critic", self.critic_loss, batch, self.draw(batch, rng))
+        self.n_updates += 1
+        if self.n_updates % self.args.policy_delay == 0:
+            info |= self.descend("actor", self.actor_loss, batch)
+        return info
+
+    def descend(self, name, loss, *inputs):
+        """One step of the named optimiser. The gradient is by that optimiser's own parameters, so
+        that no other network needs freezing."""
+        optimizer = self.optimizers[name]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients, info = self.gradients(loss, parameters, *inputs)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        optimizer.step()
+        return info
+
+    def gradients(self, loss, parameters, *inputs):
+        """The part of a step that is compiled."""
+        value, info = loss(*inputs)
+        gradients = torch.autograd.grad(value, parameters)
+        return gradients, {name: scalar.detach() for name, scalar in info.items()}
+
+    def random_action(self, rng):
+        """Uniform in [-1, 1]: [A]."""
+        return torch.rand(self.action_dim, generator=rng, device=rng.device).cpu().numpy() * 2 - 1
+
+    @torch.inference_mode()
+    def act(self, obs, rng=None):
+        """obs [O] -> action [A], arrays: with exploration noise from rng or, without it, plain."""
+        self.actor.eval()
+        obs = torch.from_numpy(obs).to(next(self.parameters()).device)
+        action = self.policy(obs[None])[0]
+        if rng is not None:
+            noise = torch.randn(self.action_dim, generator=rng, device=rng.device)
+            action = (action + self.args.exploration_noise * noise).clamp(-1, 1)
+        return action.cpu().numpy()
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, float32, on the device; a row is a whole transition."""
+
+    def __init__(self, capacity, obs_dim, action_dim, device):
+        self.widths = [obs_dim, action_dim, 1, 1, obs_dim]
+        self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        self.position, self.size = 0, 0
+
+    def add(self, obs, action, reward, terminated, next_obs):
+        row = np.hstack([obs, action, reward, terminated, next_obs], dtype=np.float32)
+        self.rows[self.position] = torch.from_numpy(row)
+        self.position = (self.position + 1) % len(self.rows)
+        self.size = min(self.size + 1, len(self.rows))
+
+    def sample(self, n, rng):
+        """n rows with replacement: obs [n, O], action [n, A], reward, terminated [n], next_obs."""
+        index = torch.randint(self.size, (n,), generator=rng, device=self.rows.device)
+        obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, -1)
+        return obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+def train(run, env, eval_env, evaluate):
+    """Evaluate, act, store, update, until the steps are done or a signal comes."""
+    args, agent, buffer, rng = run.args, run.agent, run.buffer, run.rng
+    compile_at = max(COMPILE_AFTER[args.compile], agent.n_updates)
+    while not run.signals:
+        if run.due(args.eval_every) and run.step > run.evaluated:
+            run.log_evaluation(evaluate(agent, eval_env, run.step, run.folder))
+        if run.step >= args.total_timesteps:
+            break
+
+        learning = run.step >= args.learning_starts * args.action_repeat
+        action = agent.act(run.obs, rng) if learning else agent.random_action(rng)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        # `terminated`, not `terminated or truncated`: a time limit does not end the task. What
+        # would come after it still has a value, so the target bootstraps.
+        buffer.add(run.obs, action, reward, terminated, next_obs)
+        run.obs = next_obs
+        run.actions.append(action.tolist())
+        run.step += args.action_repeat
+        check_finite(run.step, {"the observation": next_obs, "the reward": reward})
+        if terminated or truncated:
+            run.log({"charts/episodic_return": info["episode"]["r"]})
+            run.open_episode(env, run.episode + 1)
+
+        if learning:
+            for _ in range(args.utd):
+                if agent.n_updates == compile_at:
+                    compile_updates(agent)
+                run.losses |= agent.update(buffer.sample(args.batch_size, rng), rng)
+            if run.due(1000 * args.action_repeat):
+                run.log(run.losses)
+        run.progress.update(args.action_repeat)
+        if run.due(args.checkpoint_every):
+            run.save()
+
+
+def evaluate(agent, env, step, run_dir):
+    """Deterministic episodes; rows of evaluations.csv: step, episode, return, length, success."""
+    rows = []
+    for episode in range(agent.args.eval_episodes):
+        obs, _ = env.reset(seed=reset_seed(agent.args.seed, step, episode))
+        success, over = "", False
+        while not over:
+            obs, reward, terminated, truncated, info = env.step(agent.act(obs))
+            check_finite(step, {"an evaluation's observation": obs, "its reward": reward})
+            for key in {"solved", "is_success", "success"} & info.keys():
+                success = max(success or 0, int(info[key]))  # at any time of the episode
+            over = terminated or truncated
+        length = info["episode"]["l"]
+        if length >= LONGEST_EPISODE:
+            print(f"evaluation at step {step}: an episode was cut after {length} steps")
+        rows.append((step, episode, float(info["episode"]["r"]), length, success))
+    return rows
+
+
+# ------------------------------------- nothing about CrossQ below: environments, arguments, files
+
+
+def fail(*message, code=2):
+    """End with one line. Code 2: a wrong argument, environment or checkpoint; 1: a failed run."""
+    print("error:", *" ".join(map(str, message)).split(), file=sys.stderr)
+    sys.exit(code)
+
+
+def check_finite(step, values):
+    for name, value in values.items():
+        if not torch.as_tensor(value).float().isfinite().all():
+            fail(name, "is NaN or infinite at step", step, code=1)
+
+
+def reset_seed(*key):
+    """A reset's seed, from the run's seed, the evaluation's step (training: 0) and the episode."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def suite_of(env_id):
+    """The package of an id that is sent to a suite; None for all others."""
+    if env_id.removeprefix("shimmy:").startswith("dm_control/"):
+        return "shimmy"
+    name = env_id.removeprefix("myosuite:")
+    return "myosuite" if name.startswith("myo") and ":" not in name else None
+
+
+class Env(gym.Wrapper):
+    """Plays each action n times and sums the rewards; a signal ends an evaluation here."""
+
+    n, signals = 1, ()
 
     def step(self, action):
+        if self.signals:
+            raise KeyboardInterrupt
         total = 0.0
         for _ in range(self.n):
             obs, reward, terminated, truncated, info = self.env.step(action)
@@ -97,342 +421,280 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def make_env(args: Args, **kwargs) -> gym.Env:
-    """An environment with float32 vector observations and actions in [-1, 1]; an unsuitable one ends with code 2."""
-    sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
-    if kwargs and sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen too
+def make_env(args, **kwargs):
+    """An environment with float32 vectors and actions in [-1, 1], each played n times."""
+    own_module, _, name = args.env_id.rpartition(":")
+    suite = suite_of(args.env_id)
+    module = suite or own_module
     try:
-        env = gym.make(re.sub("^(?=dm_.*/)", "shimmy:", re.sub("^(?=myo[^:]*$)", "myosuite:", args.env_id)), **kwargs)
-        assert not kwargs or (env.reset() and env.render() is not None), "it draws no picture for --capture-video"
-    except Exception as e:  # gymnasium's own messages name near matches and missing packages
-        check(False, f"{args.env_id}: {e} (suites: pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)")
-    actions, obs, Box, Dict = env.action_space, env.observation_space, gym.spaces.Box, gym.spaces.Dict
-    ok = isinstance(actions, Box) and actions.is_bounded() and len(actions.shape) == 1 and actions.dtype.kind == "f"
-    ok &= all(isinstance(s, Box) and len(s.shape) < 3 for s in (obs.values() if isinstance(obs, Dict) else [obs]))
-    check(ok, f"--env-id {args.env_id}: {actions} and {obs}; needed: a bounded Box of floats, and vectors, no images")
-    env = gym.wrappers.FlattenObservation(gym.wrappers.RecordEpisodeStatistics(env))
-    env = ActionRepeat(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))  # only env.step leaves [-1, 1]
+        if module:
+            importlib.import_module(module)
+        env = gym.make(name, **kwargs)
+    except (gym.error.Error, ModuleNotFoundError) as error:  # they name near matches and packages
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
+            raise  # a mistake inside the module
+        suites = "(pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)"
+        fail(f"--env-id {args.env_id}:", error, suites if suite else "")
+    actions, obs = env.action_space, env.observation_space
+    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and actions.dtype.kind == "f"
+    if not box or len(obs.shape or ()) > 2:
+        needed = "needed: a bounded Box of floats to act, and vectors to observe, no images"
+        fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
+    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
+    env = Env(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
     env.n = args.action_repeat
-    return gym.wrappers.DtypeObservation(env, np.float32)
+    return env
 
 
-def reset_seed(*key: int) -> int:
-    """An environment's seed from (run seed, 0 or the evaluation's step, episode): nothing to carry over a resume."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+def choose_device(args):
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    # On some CPUs "medium" is faster and as exact; others round to bfloat16, CUDA to TF32.
+    torch.set_float32_matmul_precision("medium")
+    a = torch.rand(256, 256, device=device)
+    if (a @ a - a.double() @ a.double()).abs().max() > 1e-3:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+    return device
 
 
-class BatchRenorm(nn.Module):
-    """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the batch dimension of x [..., B, F].
-
-    In training, x_hat = (x - mean_B) / std_B * r + d with r = std_B / std_running, d = (mean_B - mean_running) /
-    std_running, clipped and constant to autograd: the value of inference, the gradient of batch norm. In the first
-    `warmup` forwards r = 1 and d = 0: batch norm. `shape` is (1, F), or (N, 1, F) for an ensemble."""
-
-    def __init__(self, shape, momentum=0.99, warmup=100_000, eps=1e-3, r_max=3.0, d_max=5.0):
-        super().__init__()
-        self.momentum, self.warmup, self.eps, self.r_max, self.d_max = momentum, warmup, eps, r_max, d_max
-        self.scale, self.bias = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
-        self.register_buffer("running_mean", torch.zeros(shape))
-        self.register_buffer("running_var", torch.ones(shape))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training forwards so far
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return (x - self.running_mean) * (self.scale / (self.running_var + self.eps).sqrt()) + self.bias
-        mean = x.mean(-2, keepdim=True)
-        centred = x - mean
-        var = centred.square().mean(-2, keepdim=True)  # biased, for the running average too
-        std = (var + self.eps).sqrt()
-        with torch.no_grad():
-            running_std = (self.running_var + self.eps).sqrt()
-            warm = (self.steps >= self.warmup).float()  # 0 or 1: an `if` would make the host wait for the device
-            self.r = 1 + warm * ((std / running_std).clamp(1 / self.r_max, self.r_max) - 1)
-            self.d = warm * ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
-            self.running_mean.lerp_(mean, 1 - self.momentum)  # only now: r and d use the old ones
-            self.running_var.lerp_(var, 1 - self.momentum)
-            self.steps += 1
-        return (centred * (self.r / std) + self.d) * self.scale + self.bias
+def compile_updates(agent):
+    """Compile losses and gradients; without a compiler, or Python's headers, say so and go on."""
+    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
+    try:
+        torch.compile(torch.square)(next(agent.parameters()).detach())
+        agent.gradients = torch.compile(agent.gradients, fullgraph=True)
+    except Exception as error:  # backends raise many kinds
+        print(f"torch.compile does not work here, so updates stay uncompiled: {error!r:.150}")
 
 
-class MLP(nn.Module):
-    """Norm -> (x W + b -> ReLU -> norm) x 2 -> x W + b: [B, n_in] -> [B, n_out]; ensemble=(N,): [N, B, n_out]."""
-
-    def __init__(self, n_in: int, width: int, n_out: int, args: Args, ensemble: tuple = ()):
-        super().__init__()
-        sizes = (n_in, width, width, n_out)
-        self.norms = nn.ModuleList(BatchRenorm((*ensemble, 1, n)) for n in sizes[:3])
-        self.weights = nn.ParameterList(torch.empty(*ensemble, n, m) for n, m in zip(sizes, sizes[1:]))
-        self.biases = nn.ParameterList(torch.zeros(*ensemble, 1, m) for m in sizes[1:])
-        for weight in self.weights:  # LeCun normal: the default of flax, so of the official code
-            std = weight.shape[-2] ** -0.5 / 0.87962566103423978
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norms[0](x) @ self.weights[0] + self.biases[0]
-        x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
-        return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
-
-
-class ReplayBuffer:
-    """The last `capacity` transitions, float32, on the device, one row each: obs, action, reward, done, next_obs."""
-
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.widths, self.position, self.size = [obs_dim, action_dim, 1, 1, obs_dim], 0, 0
-        needed, pages = 4 * capacity * sum(self.widths), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        memory = torch.cuda.mem_get_info()[0] if device.type == "cuda" else pages
-        check(needed <= memory, f"--buffer-size {capacity:,} needs {needed:,} bytes of memory, there are {memory:,}")
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)  # on a CPU, memory is taken when written
-
-    def add(self, obs, action, reward: float, done: bool, next_obs) -> None:
-        self.rows[self.position] = torch.from_numpy(np.hstack([obs, action, reward, done, next_obs], dtype=np.float32))
-        self.position, self.size = (self.position + 1) % len(self.rows), min(self.size + 1, len(self.rows))
-
-    def sample(self, n: int, rng: torch.Generator) -> list[torch.Tensor]:
-        """n transitions, uniform with replacement: obs [n, O], action [n, A], reward [n], done [n], next_obs [n, O]."""
-        index = torch.randint(self.size, (n,), generator=rng, device=self.rows.device)
-        obs, action, reward, done, next_obs = self.rows[index].split(self.widths, -1)
-        return [obs, action, reward.squeeze(-1), done.squeeze(-1), next_obs]
-
-
-class Agent(nn.Module):
-    """CrossQ: networks, optimisers and the two updates. The mode, train or eval, stands beside every forward."""
-
-    def __init__(self, obs_dim: int, action_dim: int, args: Args):
-        super().__init__()
-        self.args, self.n_updates = args, 0
-        self.critic = MLP(obs_dim + action_dim, args.critic_width, 1, args, ensemble=(args.n_critics,))
-        self.actor = MLP(obs_dim, args.actor_width, action_dim, args)
-        betas = (args.adam_beta1, 0.999)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), args.critic_lr, betas, fused=True)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), args.actor_lr, betas, fused=True)
-        worth_it = args.total_timesteps * args.utd >= 20_000 * args.action_repeat and shutil.which("g++")
-        if args.compile == "on" or (args.compile == "auto" and worth_it):
-            torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
-            self.gradients = torch.compile(self.gradients, fullgraph=True)
-
-    def critic_loss(self, obs, action, reward, done, next_obs, noise):
-        """Half the squared Bellman error, mean over the batch, sum over critics; shapes as in ReplayBuffer.sample."""
-        with torch.no_grad():
-            self.actor.eval()
-            clip = self.args.target_noise_clip
-            next_action = self.actor(next_obs).tanh() + (self.args.target_noise * noise).clamp(-clip, clip)
-            next_action = next_action.clamp(-1, 1)
-        # CrossQ: ONE forward of the critic, in training mode, on both halves together; no target network.
-        self.critic.train()
-        pairs = torch.cat([torch.cat([obs, action], -1), torch.cat([next_obs, next_action], -1)])  # [2B, O + A]
-        q, next_q = self.critic(pairs).squeeze(-1).chunk(2, -1)  # [n_critics, B] each
-        target = (reward + self.args.gamma * (1 - done) * next_q.min(0).values).detach()  # [B]
-        loss = 0.5 * (q - target).square().mean(-1).sum()
-        return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
-
-    def actor_loss(self, obs):
-        """The policy's loss, Q negated: obs [B, O]."""
-        self.actor.train()
-        action = self.actor(obs).tanh()
-        self.critic.eval()
-        q = self.critic(torch.cat([obs, action], -1)).squeeze(-1).min(0).values  # [B]; TD3 itself: the first critic's
-        loss = -q.mean()
-        return loss, {"losses/actor": loss}
-
-    def gradients(self, loss, parameters, *batch):
-        value, info = loss(*batch)
-        return {k: v.detach() for k, v in info.items()}, torch.autograd.grad(value, parameters)
-
-    def descend(self, optimizer: torch.optim.Optimizer, loss, *batch) -> dict:
-        """One step of the optimizer's own parameters, and of no others, on loss(*batch). Returns scalars."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        info, gradients = self.gradients(loss, parameters, *batch)
-        for p, g in zip(parameters, gradients):
-            p.grad = g
-        optimizer.step()
-        return info
-
-    def update(self, batch, rng: torch.Generator) -> dict:
-        """A critic update and, with every `policy_delay`-th one, an actor update on the same batch. Returns scalars."""
-        info = self.descend(self.critic_opt, self.critic_loss, *batch, torch.randn_like(batch[1], generator=rng))
-        self.n_updates += 1
-        if self.n_updates % self.args.policy_delay == 0:
-            info |= self.descend(self.actor_opt, self.actor_loss, batch[0])
-        return info
-
-    @torch.inference_mode()
-    def act(self, obs: np.ndarray, noise: torch.Tensor) -> np.ndarray:
-        """obs [O] -> action [A] in [-1, 1]; noise [A] is standard normal, or zero for the deterministic policy."""
-        self.actor.eval()
-        action = self.actor(torch.from_numpy(obs).to(noise.device)[None])[0].tanh()
-        return (action + self.args.exploration_noise * noise).clamp(-1, 1).cpu().numpy()
-
-
-def evaluate(agent: Agent, env: gym.Env, step: int) -> list[tuple]:
-    """Deterministic episodes, as rows of evaluations.csv: step, episode, return, length, success (if there is one)."""
-    rows, args, zero = [], agent.args, torch.zeros(env.action_space.shape, device=next(agent.parameters()).device)
-    for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=reset_seed(args.seed, step, episode))
-        success, terminated, truncated = "", False, False
-        while not (terminated or truncated):
-            obs, reward, terminated, truncated, info = env.step(agent.act(obs, zero))
-            check(np.isfinite([*obs, reward]).all(), f"NaN or infinity in the evaluation at {step}, reward {reward}", 1)
-            for key in {"solved", "is_success", "success"} & info.keys():
-                success = max(success or 0, int(info[key]))  # success at any time counts
-        rows.append((step, episode, float(info["episode"]["r"]), int(info["episode"]["l"]), success))
-    return rows
-
-
-def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
+def parse_args(argv=None, Args=Args, Agent=Agent):
     """The arguments, checked, and the checkpoint of --resume or --evaluate, otherwise {}."""
     args, checkpoint = tyro.cli(Args, args=argv), {}
-    args = tyro.cli(Args, args=argv, default=Args(**{"dm_": DMC, "myo": MYO}.get(args.env_id.split(":")[-1][:3], {})))
-    if (run_dir := args.evaluate if args.resume is None else args.resume) is not None:
-        try:
-            checkpoint = torch.load(Path(run_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
-            check(checkpoint["script"] == SCRIPT.name, f"{run_dir} is a run of {checkpoint['script']}")
-            stored = Args(**checkpoint["args"] | {"resume": args.resume, "evaluate": args.evaluate})
-        except Exception as e:  # torch.load raises many kinds
-            check(False, f"{run_dir} has no whole checkpoint.pt of {SCRIPT.name}; it was left as it is ({e!r:.200})")
-        args = tyro.cli(Args, args=argv, default=stored)
-        changed = [name for name, old in vars(stored).items() if getattr(args, name) != old and name not in MAY_CHANGE]
-        ok = not changed and args.total_timesteps >= stored.total_timesteps
-        check(ok, f"{changed or 'total_timesteps'} of {run_dir} cannot change so; can: {MAY_CHANGE}, the first upwards")
+    if None not in (args.resume, args.evaluate):
+        fail("--resume or --evaluate, not both")
+    default = Args(**Args.suite_defaults(args.env_id))
+    run_dir = args.evaluate if args.resume is None else args.resume
+    if run_dir is not None:
+        path = Path(run_dir, "checkpoint.pt")
+        try:  # as data, never as code; to evaluate, the replay buffer stays on the disk
+            checkpoint = torch.load(path, "cpu", weights_only=True, mmap=args.resume is None)
+            program = checkpoint.get("program", "an earlier version")
+            if program != program_of(Agent):
+                raise ValueError(f"a run of {program}, not of {program_of(Agent)}")
+            default = Args(**checkpoint["args"])
+        except Exception as error:  # torch.load raises many kinds
+            fail("cannot go on from", path, "which is left as it is:", repr(error)[:300])
+    args = tyro.cli(Args, args=argv, default=default)
+    changed = {k for k, v in vars(args).items() if v != getattr(default, k)} - args.MAY_CHANGE
+    if checkpoint and (changed or args.total_timesteps < default.total_timesteps):
+        changed = changed or "total_timesteps downwards"
+        fail(f"a resume of {run_dir} may change {args.MAY_CHANGE}, but not {changed}")
     for name, value in vars(args).items():
-        high = {"gamma": 1, "tau": 1, "adam_beta1": 0.999}.get(name, 1e15)
-        zero = high <= 1 or re.search("seed|starts|alpha_lr|noise|decay", name) is not None
-        ok = type(value) not in (int, float) or (0 if zero else 1e-12) <= value <= high
-        check(ok, f"--{name.replace('_', '-')} is {value}; it must be {'>=' if zero else '>'} 0 and <= {high:g}")
-    check(args.buffer_size >= args.batch_size, f"--buffer-size must be at least --batch-size, {args.batch_size}")
-    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is none; use --device cpu or auto")
+        zero, most = name in args.MAY_BE_ZERO, args.AT_MOST.get(name, 1e15)
+        if type(value) in (int, float) and not (0 < value <= most or value == 0 and zero):
+            above = ">=" if zero else ">"
+            fail("--" + name.replace("_", "-"), "is", value, "but must be", above, "0 and <=", most)
+    if args.buffer_size < args.batch_size:
+        fail("--buffer-size must be at least --batch-size,", args.batch_size)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: there is none; use --device cpu or auto")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs a package: pip install wandb")
     return args, checkpoint
 
 
-def train(args: Args, checkpoint: dict) -> int:
-    """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + the signal that ended the run."""
-    env, eval_env = make_env(args), make_env(args, **{"render_mode": "rgb_array"} if args.capture_video else {})
-    obs_dim, action_dim, repeat = env.observation_space.shape[0], env.action_space.shape[0], args.action_repeat
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    torch.set_float32_matmul_precision("medium")  # oneDNN's products: faster than MKL's on AMD with AVX-512
-    if ((a := torch.rand(256, 256, device=device)) @ a - a.double() @ a.double()).abs().max() > 1e-3:
-        torch.set_float32_matmul_precision(args.matmul_precision)  # there medium rounds: to bfloat16 (AMX), TF32 (CUDA)
-    torch.manual_seed(args.seed)
-    agent = Agent(obs_dim, action_dim, args).to(device)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
-    rng = torch.Generator(device).manual_seed(args.seed)  # all randomness from here on, but the environment's
-    agent_step, episode, actions, evaluations, agent.n_updates = checkpoint.get("loop", (0, 0, [], [], 0))
-    step = agent_step * repeat
-    run_name = args.run_name or f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.evaluate or Path("runs") / re.sub(r"[/\\:]|^\.+$", "_", run_name))
-    new = not any((run_dir / file).exists() for file in ("checkpoint.pt", "evaluations.csv"))
-    check(new or checkpoint, f"{run_dir} already holds a run: --resume {run_dir}, or choose another --run-name")
-    if args.capture_video:
-        importlib.import_module("moviepy")
-        eval_env = gym.wrappers.RecordVideo(eval_env, f"{run_dir}/videos/{step}", lambda i: i % args.eval_episodes == 0)
-    parts = {"agent": agent, "critic_opt": agent.critic_opt, "actor_opt": agent.actor_opt}
-    for name in parts if checkpoint else ():
-        parts[name].load_state_dict(checkpoint[name])
-    if args.evaluate:
-        _, _, returns, _, successes = zip(*evaluate(agent, eval_env, step))
-        success = "" if "" in successes else f", success {np.mean(successes):.2f}"
-        print(f"{run_dir} at step {step}: {np.mean(returns):.1f} ± {np.std(returns):.1f}{success}")
-        return eval_env.close() or 0
-    obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
-    if checkpoint:
-        buffer.size, buffer.position = len(checkpoint["rows"]), checkpoint["position"]
-        buffer.rows[: buffer.size] = checkpoint.pop("rows")
-        if checkpoint["rng"].shape == rng.get_state().shape:  # another kind of device has another generator
-            rng.set_state(checkpoint["rng"])
-        for action in actions:  # play the open episode again, up to where it was
-            obs, *_ = env.step(np.float32(action))
-        check(obs.tolist() == checkpoint["obs"], f"{args.env_id} is not deterministic: it cannot be resumed", 1)
+def program_of(Agent):
+    """The file that defines Agent. Its runs are named after it, and only it resumes them."""
+    return getattr(Agent, "program", None) or Path(inspect.getfile(Agent)).stem
 
-    def save() -> None:
-        """Killed at any time, checkpoint.pt is the old or the new one, whole. Uncloned, all rows would be written."""
-        state = {name: part.state_dict() for name, part in parts.items()} | {"script": SCRIPT.name, "args": vars(args)}
-        state |= {"loop": (agent_step, episode, actions, evaluations, agent.n_updates), "position": buffer.position}
-        state |= {"rng": rng.get_state(), "obs": obs.tolist(), "rows": buffer.rows[: buffer.size].cpu().clone()}
-        with open(run_dir / "checkpoint.tmp", "wb") as file:
-            torch.save(state, file)
+
+class Run:
+    """A run's parts, where its loop stands, and its folder."""
+
+    STATE = ("step", "episode", "actions", "evaluated", "evaluations", "starts")  # to be saved
+
+    def __init__(self, args, agent, buffer, rng):
+        self.args, self.agent, self.buffer, self.rng = args, agent, buffer, rng
+        self.step = 0  # environment steps: agent steps x action repeat
+        self.evaluated = 0  # step of the last evaluation
+        self.evaluations = []  # rows of evaluations.csv
+        self.starts = []  # device and versions, at the start and at every resume
+        self.losses, self.signals = {}, []
+        program = program_of(type(agent))
+        name = args.run_name or f"{args.env_id}__{program}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.resume or Path("runs", re.sub(r"[/\\:]|^\.+$", "_", name)))
+        used = any((self.folder / file).exists() for file in ("checkpoint.pt", "evaluations.csv"))
+        if used and args.resume is None:
+            fail(f"{self.folder} already holds a run: --resume it, or choose another --run-name")
+
+    def due(self, every):
+        return self.step % every < self.args.action_repeat
+
+    def open_episode(self, env, number, actions=()):
+        """Begin an episode; at a resume, its actions so far are played again."""
+        self.episode, self.actions = number, list(actions)
+        self.obs, _ = env.reset(seed=reset_seed(self.args.seed, 0, number))
+        for action in actions:
+            self.obs, *_ = env.step(np.float32(action))
+        check_finite(self.step, {"the observation after a reset": self.obs})
+
+    def save(self):
+        """Write checkpoint.pt aside and rename it: a kill leaves the old or the new one, whole."""
+        check_finite(self.step, self.losses)
+        checkpoint = {
+            "program": program_of(type(self.agent)),
+            "args": vars(self.args) | {"resume": None},
+            "run": {name: getattr(self, name) for name in self.STATE},
+            "obs": self.obs.tolist(),
+            "agent": self.agent.state_dict(),
+            "n_updates": self.agent.n_updates,
+            "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
+            "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),  # uncloned, all are written
+            "position": self.buffer.position,
+            "rng": self.rng.get_state(),
+        }
+        with open(self.folder / "checkpoint.tmp", "wb") as file:
+            torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+            os.fsync(file)
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
-    if args.track:
-        importlib.import_module("wandb").init(id=run_dir.name, resume="allow", config=vars(args), sync_tensorboard=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save()
-    git = os.popen(f"git -C '{SCRIPT.parent}' rev-parse HEAD 2>/dev/null").read().strip()
-    about = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "mujoco", "numpy")} | {"git": git}
-    (run_dir / "args.json").write_text(json.dumps({"args": vars(args), "device": hardware} | about, indent=2))
-    table = open(run_dir / "evaluations.csv", "w", buffering=1, newline="\n")  # flushed by the line
-    table.writelines(",".join(map(str, row)) + "\n" for row in [("step,episode,return,length,success",), *evaluations])
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in agent.named_children())
-    advice = "; slow on a CPU, try --critic-width 256" if device.type == "cpu" and args.critic_width > 512 else ""
-    chosen = ", ".join(f"{name} {value}" for name, value in vars(args).items() if value != getattr(Args, name))
-    print(f"{run_dir} on {hardware}: {chosen or args.env_id}; {sizes} parameters; buffer {buffer.rows.nbytes:,} bytes")
-    progress = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=None)
-    stop, info, first, start, warm = [], {}, step, time.perf_counter(), max(agent_step, args.learning_starts) + 100
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: stop.append(number))
-    while step < args.total_timesteps and not stop:
-        if agent_step < args.learning_starts:
-            action = torch.rand(action_dim, generator=rng, device=device).cpu().numpy() * 2 - 1
-        else:
-            action = agent.act(obs, torch.randn(action_dim, generator=rng, device=device))
-        next_obs, reward, terminated, truncated, episode_info = env.step(action)
-        agent_step, step = agent_step + 1, step + repeat
-        buffer.add(obs, action, reward, terminated, next_obs)
-        actions.append(action.tolist())
-        last_obs, obs = obs, next_obs
-        if terminated or truncated:
-            writer.add_scalar("charts/episodic_return", episode_info["episode"]["r"], step)
-            episode, actions = episode + 1, []
-            obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
-        ok = np.isfinite(np.hstack([last_obs, next_obs, obs, reward], dtype=np.float32)).all()
-        check(ok, f"NaN or infinity from the environment at step {step}: an observation, or the reward {reward}", 1)
-        if agent_step > args.learning_starts:
-            for update in range(args.utd):
-                info |= agent.update(buffer.sample(args.batch_size, rng), rng)
-                for key, value in zip(info, torch.stack([*info.values()]).tolist()):  # CUDA is waited for once
-                    check(math.isfinite(value), f"{key} became NaN or infinite at step {step}", 1)
-                    if agent_step % 1000 == 0 and update == args.utd - 1:
-                        writer.add_scalar(key, value, step)
-        if agent_step == warm:  # compiled by now
-            first, start = step, time.perf_counter()
-        speed = (step - first) / (time.perf_counter() - start + 1e-9)  # environment steps per second
-        if agent_step == warm + 200:
-            progress.write(f"{speed:.0f} steps/s, {(args.total_timesteps - step) / speed / 60:.0f} min to go{advice}")
-        if step % args.eval_every < repeat:
-            rows = evaluate(agent, eval_env, step)
-            evaluations += rows
-            table.writelines(",".join(map(str, row)) + "\n" for row in rows)
-            mean = float(np.mean([row[2] for row in rows]))
-            writer.add_scalar("eval/return", mean, step)
-            writer.add_scalar("charts/SPS", speed, step)
-            progress.write(f"step {step:,}: evaluation return {mean:,.1f}; so far {speed:.0f} steps/s")
-        progress.update(repeat)
-        if step % args.checkpoint_every < repeat:
-            save()
-    save()
-    writer.close()
-    progress.write(f"ended at step {step:,}; --resume {run_dir} goes on from here")
-    return eval_env.close() or (128 + stop[0] if stop else 0)
+    def load(self, checkpoint, env):
+        """The reverse of save; then the open episode is played again."""
+        vars(self).update(checkpoint["run"])
+        self.agent.load_state_dict(checkpoint["agent"])
+        self.agent.n_updates = checkpoint["n_updates"]
+        for name, optimizer in self.agent.optimizers.items():
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+        self.buffer.size, self.buffer.position = len(checkpoint["rows"]), checkpoint["position"]
+        self.buffer.rows[: self.buffer.size] = checkpoint.pop("rows")
+        if checkpoint["rng"].shape == self.rng.get_state().shape:  # CUDA's is not the CPU's
+            self.rng.set_state(checkpoint["rng"])
+        self.open_episode(env, self.episode, self.actions)
+        if self.obs.tolist() != checkpoint["obs"]:
+            print("the open episode does not replay bit by bit here: a fresh one begins")
+            self.open_episode(env, self.episode + 1)
+
+    def open(self):
+        """Make the folder, with args.json and a first checkpoint, and begin to log."""
+        args, device, git = self.args, f"CPU, {torch.get_num_threads()} threads", ""
+        if self.rng.device.type == "cuda":
+            device = torch.cuda.get_device_name()
+        with contextlib.suppress(OSError):  # there is no git
+            command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+            git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+        self.starts.append({"device": device, "git": git} | versions)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            about = json.dumps({"args": vars(args), "starts": self.starts}, indent=2)
+            (self.folder / "args.json").write_text(about)
+        except OSError as error:
+            fail(self.folder, "cannot be written:", error)
+        self.save()
+        if args.track:  # it copies TensorBoard's events, so it begins before them
+            wandb = importlib.import_module("wandb")
+            name = self.folder.name
+            wandb.init(id=name, resume="allow", config=vars(args), sync_tensorboard=True)
+        self.write_evaluations()
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        self.progress = tqdm(total=args.total_timesteps, initial=self.step, disable=None)
+        self.clock = self.step, time.perf_counter()
+        changed = [f"{k} {v}" for k, v in vars(args).items() if v != getattr(type(args), k)]
+        size = self.buffer.rows.nbytes
+        print(f"{self.folder} on {device}; buffer {size:,} bytes; {', '.join(changed)}")
+
+    def log(self, values):
+        check_finite(self.step, values)
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, self.step)
+
+    def log_evaluation(self, rows):
+        self.evaluated = self.step
+        self.evaluations += rows
+        self.write_evaluations()
+        mean = float(np.mean([row[2] for row in rows]))
+        (step, then), self.clock = self.clock, (self.step, time.perf_counter())
+        speed = (self.step - step) / (self.clock[1] - then)  # since the last evaluation
+        self.log({"eval/return": mean, "charts/SPS": speed})
+        self.progress.write(f"step {self.step:,}: return {mean:,.1f}; {speed:.0f} steps/s")
+
+    def write_evaluations(self):
+        with open(self.folder / "evaluations.csv", "w") as file:
+            for row in [("step", "episode", "return", "length", "success"), *self.evaluations]:
+                print(*row, sep=",", file=file)
+
+    @contextlib.contextmanager
+    def catch_signals(self):
+        """SIGINT and SIGTERM end the loop; a second one ends the program at once."""
+
+        def note(number, frame):
+            self.signals.append(number)
+            signal.signal(number, signal.SIG_DFL)
+
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other may have handlers
+            handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
-def main(argv: list[str] | None = None) -> int:
+def evaluate_run(args, checkpoint, agent, env, evaluate):
+    """--evaluate: print what the policy of a checkpoint reaches."""
+    agent.load_state_dict(checkpoint["agent"])
+    step = checkpoint["run"]["step"]
+    _, _, returns, _, successes = zip(*evaluate(agent, env, step, Path(args.evaluate)))
+    success = "" if "" in successes else f", success {np.mean(successes):.2f}"
+    mean, std = np.mean(returns), np.std(returns)
+    print(f"{args.evaluate} at step {step}: {mean:.1f} ± {std:.1f}{success}")
+
+
+def main(
+    argv=None,
+    Args=Args,
+    Agent=Agent,
+    ReplayBuffer=ReplayBuffer,
+    make_env=make_env,
+    evaluate=evaluate,
+):
+    """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + a signal.
+
+    A program that extends this one passes its own classes and functions.
+    """
     gym.logger.min_level = gym.logger.ERROR  # no advice to use -v5: the papers use -v4
+    if os.getcwd() not in sys.path:  # for --env-id my_module:MyEnv-v0
+        sys.path.append(os.getcwd())
+    args, checkpoint = parse_args(argv, Args, Agent)
+    env = make_env(args)
+    device = choose_device(args)
+    torch.manual_seed(args.seed)
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(*sizes, args).to(device)
+    if args.evaluate is not None:
+        evaluate_run(args, checkpoint, agent, env, evaluate)
+        return 0
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as box:
-            args, checkpoint = parse_args(argv)
-    except SystemExit as e:  # tyro's errors come in a box
-        return check(not e.code, re.sub(f"[─│╭╮╰╯]+|{SCRIPT.name}: error:", " ", box.getvalue())) or 0
-    try:
-        return train(args, checkpoint)
-    except ImportError as e:
-        check(False, f"{e}{f'; this needs: pip install {e.name}' if e.name else ''}")
-    except (OSError, RuntimeError) as e:  # of the run's folder at the start, or later a full disk
-        if isinstance(e, RuntimeError) and not isinstance(e.__context__, OSError):
-            raise
-        check(False, str(e.__context__ or e), 1 + isinstance(e, PermissionError | FileExistsError | NotADirectoryError))
+        buffer = ReplayBuffer(args.buffer_size, *sizes, device)
+    except RuntimeError as error:  # PyTorch has no memory
+        fail(f"--buffer-size {args.buffer_size}:", error)
+    rng = torch.Generator(device).manual_seed(args.seed)  # of all that is random from here on
+    run = Run(args, agent, buffer, rng)
+    eval_env = make_env(args)
+    eval_env.signals = run.signals
+    if checkpoint:
+        run.load(checkpoint, env)
+    else:
+        run.open_episode(env, 0)
+    run.open()
+    with run.catch_signals(), run.writer, run.progress:
+        with contextlib.suppress(KeyboardInterrupt):  # of an evaluation: a resume does it again
+            train(run, env, eval_env, evaluate)
+        run.save()
+        run.progress.write(f"ended at step {run.step:,}; --resume {run.folder} goes on from here")
+    return 128 + run.signals[0] if run.signals else 0
 
 
 if __name__ == "__main__":

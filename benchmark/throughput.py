@@ -1,27 +1,32 @@
-"""Speed, start-up time and memory of our scripts and of their peers, and how far ours are from the machine's limit.
+"""Speed, start-up time and memory of our scripts and of their peers, and how far ours are from the
+machine's limit.
 
-    python benchmark/throughput.py                                             # everything: hours
-    python benchmark/throughput.py --only crossq_sac sbx-crossq --widths 256 --threads 1 --side-by-side 2
+    python benchmark/throughput.py                                           # everything: hours
+    python benchmark/throughput.py --only crossq_sac sbx-crossq --widths 256 --threads 1
 
-Run it with our requirements installed, on a machine that does nothing else. Peers get virtual environments of their own
-under --venvs, made from PyPI once: our requirements and pinned versions of sb3-contrib (SB3 with it) or of SBX (JAX).
+Run it with our requirements installed, on a machine that does nothing else. Peers get virtual
+environments of their own under --venvs, made from PyPI once: our requirements and pinned versions
+of sb3-contrib (SB3 with it) or of SBX (JAX).
 
-A measurement is a new process: environment, batch, widths, UTD 1 and --learning-starts are the same for all; the clock
-runs from the end of update --warmup, which is after all compilation, for --steps further steps or --seconds, whichever
-is over first. No evaluation or checkpoint falls in there. Rounds go through all contenders in turn (A B A B).
-"start" runs from the process's start to the end of its first update; compilers find an empty cache. "memory" is the
-process's largest resident set until the clock stops, with few transitions in the buffer yet.
+A measurement is a new process: environment, batch, widths, UTD 1 and --learning-starts are the same
+for all; the clock runs from the end of update --warmup, which is after all compilation, for --steps
+further steps or --seconds, whichever is over first. No evaluation or checkpoint falls in there.
+Rounds go through all contenders in turn (A B A B). "start" runs from the process's start to the end
+of its first update; compilers find an empty cache. "memory" is the process's largest resident set
+until the clock stops, with few transitions in the buffer yet.
 
-Threads: a process is pinned to as many CPUs, the first ones it may use (choose others with taskset). That bounds JAX's
-thread pool; OMP_NUM_THREADS bounds PyTorch's too. --side-by-side K adds K processes at once with one thread and one CPU
-each, their clocks started together: steps/s and memory are then sums, start is that of the last.
+Threads: a process is pinned to as many CPUs, the first ones it may use (choose others with
+taskset). That bounds JAX's thread pool; OMP_NUM_THREADS bounds PyTorch's too. --side-by-side K adds
+K processes at once with one thread and one CPU each, their clocks started together: steps/s and
+memory are then sums, start is that of the last.
 
-The limit of our scripts: the time of a step's matrix products alone, in fp32, each shape timed with warm caches by
-PyTorch or NumPy, whichever is faster, plus that of the environment alone under random actions.
+The limit of our scripts: the time of a step's matrix products alone, in fp32, each shape timed with
+warm caches by PyTorch or NumPy, whichever is faster, plus that of the environment alone under
+random actions.
 
-OUT.csv has a row per measurement, the columns being FIELDS: seconds in start_s, MiB in *_mb, operations per step in
-gflop. OUT.md has the table. CleanRL is left out: its last version on PyPI, 1.2.0, refuses Python 3.11, and 0.4.8, which
-pip takes there instead, is from before Gymnasium.
+OUT.csv has a row per measurement, the columns being FIELDS: seconds in start_s, MiB in *_mb,
+operations per step in gflop. OUT.md has the table. CleanRL is left out: its last version on PyPI,
+1.2.0, refuses Python 3.11, and 0.4.8, which pip takes there instead, is from before Gymnasium.
 """
 
 import collections
@@ -55,8 +60,8 @@ PEERS = {  # virtual environment, module, class, arguments beyond those that all
     "sb3-sac": ("sb3", "stable_baselines3", "SAC", {}),
     "sbx-sac": ("sbx", "sbx", "SAC", {}),
 }
-FIELDS = "round contender compile width threads processes steps_per_s start_s rss_mb cuda_mb steps".split()
-FIELDS += "gflop gflop_per_s env_us versions".split()
+FIELDS = "round contender compile width threads processes steps_per_s start_s rss_mb".split()
+FIELDS += "cuda_mb steps gflop gflop_per_s env_us versions".split()
 BATCH, ACTOR_WIDTH = 256, 256
 
 
@@ -82,9 +87,9 @@ OURS = {
 class Args:
     only: tuple[Literal[(*OURS, *PEERS)], ...] = (*OURS, *PEERS)  # contenders
     env_id: str = "Walker2d-v4"  # Gymnasium id
-    widths: tuple[int, ...] = (256, 2048)  # units per hidden layer of the critics; the actors' have 256
+    widths: tuple[int, ...] = (256, 2048)  # units per hidden layer of the critics (actors: 256)
     threads: tuple[int, ...] = (1, 2)  # threads, and CPUs, of a process
-    side_by_side: int = 0  # also measure this many processes at once, with one thread each; 0: do not
+    side_by_side: int = 0  # also measure this many processes at once, of one thread; 0: do not
     compile: tuple[Literal["on", "off"], ...] = ("on",)  # of our scripts
     rounds: int = 3  # measurements of each contender in each setting
     steps: int = 2000  # environment steps timed, at most
@@ -92,14 +97,16 @@ class Args:
     warmup: int = 60  # updates before the clock starts
     learning_starts: int = 500  # random steps before the first update
     device: Literal["cpu", "cuda"] = "cpu"  # for all
-    venvs: Path = Path("~/.cache/crossq-throughput")  # where the peers' virtual environments are, or will be made
-    out: Path = Path("throughput")  # OUT.csv and OUT.md are written; an OUT.csv that exists is refused
+    venvs: Path = Path("~/.cache/crossq-throughput")  # of the peers' virtual environments
+    out: Path = Path("throughput")  # OUT.csv and OUT.md; an OUT.csv that exists is refused
 
 
-def products(design: Design, obs: int, action: int, width: int, batch=BATCH, actor_width=ACTOR_WIDTH, n_critics=2):
-    """{(n, m, k, p): times per environment step} at UTD 1, of n products [m, k] @ [k, p]: 2 n m k p operations."""
+def products(design, obs, action, width, batch=BATCH, actor_width=ACTOR_WIDTH, n_critics=2):
+    """{(n, m, k, p): times per environment step} at UTD 1, of n products [m, k] @ [k, p], which are
+    2 n m k p operations."""
     critic = [(n_critics, obs + action, width), (n_critics, width, width), (n_critics, width, 1)]
-    actor = [(1, obs, actor_width), (1, actor_width, actor_width), (1, actor_width, design.heads * action)]
+    heads = design.heads * action
+    actor = [(1, obs, actor_width), (1, actor_width, actor_width), (1, actor_width, heads)]
     count, nothing, first = collections.Counter(), 3, 0 if design.norms else 1
 
     def add(net, rows, times, weights=False, inputs_from=nothing):
@@ -130,7 +137,8 @@ class Measured(Exception):
 
 
 class Clock:
-    """To be called at the end of each update. All contenders read a loss back per update, so CUDA lags by less."""
+    """To be called at the end of each update. All contenders read something back in each step, ours
+    the next action, so CUDA lags by less than one."""
 
     def __init__(self, job: dict):
         self.job, self.updates, self.result = job, 0, {}
@@ -144,7 +152,8 @@ class Clock:
             self.begin = time.perf_counter()
         elif (steps := self.updates - job["warmup"]) > 0:
             seconds = time.perf_counter() - self.begin
-            if steps == job["steps"] or (seconds > job["seconds"] and steps % 3 == 0):  # 3: whole actor periods
+            late = seconds > job["seconds"] and steps % 3 == 0  # 3: whole actor periods
+            if late or steps == job["steps"]:
                 self.result |= {"steps_per_s": steps / seconds, "steps": steps}
                 raise Measured
 
@@ -160,28 +169,30 @@ def wait_for_others(job: dict) -> None:
 
 
 def train_ours(job: dict, clock: Clock) -> None:
-    """The script's real command line; only Agent.update is wrapped."""
+    """The script's real command line, with an Agent that tells the clock of its updates."""
     script = importlib.import_module("probe").load(f"{ROOT}/{job['contender']}.py")
-    update = script.Agent.update
 
-    def timed(*args):
-        info = update(*args)
-        clock()
-        return info
+    class Agent(script.Agent):
+        def update(self, batch, rng):
+            info = super().update(batch, rng)
+            clock()
+            return info
 
-    script.Agent.update = timed
     flags = {key: job[key] for key in ("env_id", "device", "compile", "seed", "learning_starts")}
-    flags |= {"critic_width": job["width"], "actor_width": ACTOR_WIDTH, "batch_size": BATCH, "utd": 1}
-    flags |= {"eval_every": 10**9, "checkpoint_every": 10**9, "total_timesteps": 10**8, "run_name": job["index"]}
-    script.main([str(x) for key, value in flags.items() for x in (f"--{key.replace('_', '-')}", value)])
+    flags |= {"critic_width": job["width"], "actor_width": ACTOR_WIDTH, "batch_size": BATCH}
+    flags |= {"eval_every": 10**9, "checkpoint_every": 10**9, "total_timesteps": 10**8}
+    flags |= {"utd": 1, "run_name": job["index"]}
+    argv = [str(x) for key, value in flags.items() for x in (f"--{key.replace('_', '-')}", value)]
+    script.main(argv, Agent=Agent)
 
 
 def train_peer(job: dict, clock: Clock) -> None:
     """SB3's interface, which all peers have; `train` is their update."""
     _, module, name, more = PEERS[job["contender"]]
     net_arch = {"pi": [ACTOR_WIDTH] * 2, "qf": [job["width"]] * 2}
-    more = more | {"train_freq": 1, "gradient_steps": 1, "batch_size": BATCH, "policy_kwargs": {"net_arch": net_arch}}
-    more |= {"learning_starts": job["learning_starts"], "seed": job["seed"], "device": job["device"]}
+    more = more | {"train_freq": 1, "gradient_steps": 1, "batch_size": BATCH}
+    more |= {key: job[key] for key in ("learning_starts", "seed", "device")}
+    more |= {"policy_kwargs": {"net_arch": net_arch}}
     model = getattr(importlib.import_module(module), name)("MlpPolicy", job["env_id"], **more)
     train = model.train
     model.train = lambda *args, **kwargs: (train(*args, **kwargs), clock())
@@ -196,7 +207,8 @@ def limit(job: dict) -> dict:
 
     def fastest(f, seconds: float) -> float:
         """Seconds per call: the best of five averages, each over `seconds`."""
-        best, chunk = float("inf"), 10 if job["device"] == "cuda" else 1  # a GPU is not to wait for each launch
+        best = float("inf")
+        chunk = 10 if job["device"] == "cuda" else 1  # a GPU is not to wait for each launch
         f()
         for _ in range(5):
             calls, begin = 0, time.perf_counter()
@@ -220,17 +232,20 @@ def limit(job: dict) -> dict:
             env.reset()
 
     design = OURS[job["contender"].removeprefix("limit of ")]
-    count = products(design, env.observation_space.shape[0], env.action_space.shape[0], job["width"])
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    count = products(design, *sizes, job["width"])
     wait_for_others(job)
     env_s, product_s = fastest(step, 0.2), 0.0
     for (n, m, k, p), times in count.items():
         a, b, c = (torch.randn(n, *size, device=job["device"]) for size in ((m, k), (k, p), (m, p)))
         best = fastest(functools.partial(torch.bmm, a, b, out=c), 0.02)
         if job["device"] == "cpu":  # on AMD's processors PyTorch's library may take a slow path
-            best = min(best, fastest(functools.partial(np.matmul, a.numpy(), b.numpy(), out=c.numpy()), 0.02))
+            by_numpy = functools.partial(np.matmul, a.numpy(), b.numpy(), out=c.numpy())
+            best = min(best, fastest(by_numpy, 0.02))
         product_s += times * best
-    result = {"steps_per_s": 1 / (env_s + product_s), "env_us": 1e6 * env_s, "gflop": flop(count) / 1e9}
-    return result | {"gflop_per_s": result["gflop"] / product_s}
+    gflop = flop(count) / 1e9
+    result = {"steps_per_s": 1 / (env_s + product_s), "env_us": 1e6 * env_s}
+    return result | {"gflop": gflop, "gflop_per_s": gflop / product_s}
 
 
 def work(job: dict) -> None:
@@ -250,8 +265,9 @@ def work(job: dict) -> None:
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result["rss_mb"] = rss / (2**20 if sys.platform == "darwin" else 2**10)
     installed = {d.name.replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    known = ("torch", "jax", "stable-baselines3", "sb3-contrib", "sbx-rl", "gymnasium", "mujoco", "numpy")
-    result["versions"] = ", ".join(f"{name} {installed[name]}" for name in known if name in installed)
+    known = "torch jax stable-baselines3 sb3-contrib sbx-rl gymnasium mujoco numpy".split()
+    found = [f"{name} {installed[name]}" for name in known if name in installed]
+    result["versions"] = ", ".join(found)
     if job["device"] == "cuda" and "jax" not in sys.modules:
         cuda = sys.modules["torch"].cuda
         result["cuda_mb"] = cuda.max_memory_allocated() / 2**20
@@ -264,11 +280,15 @@ def measure(python: str, job: dict) -> dict:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         running, outputs = [], [open(f"{folder}/output{i}", "w+") for i in range(job["processes"])]
         for index, output in enumerate(outputs):
-            env = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "TORCHINDUCTOR_CACHE_DIR": f"{folder}/c{index}"}
-            env |= {"PYTHONWARNINGS": "ignore"} | ({"JAX_PLATFORMS": "cpu"} if job["device"] == "cpu" else {})
-            mine = job | {"index": index, "seed": job["round"] * 100 + index, "started": time.time()}
+            env = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(job["threads"])}
+            env["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/c{index}"
+            if job["device"] == "cpu":
+                env["JAX_PLATFORMS"] = "cpu"
+            mine = job | {"index": index, "seed": job["round"] * 100 + index}
+            mine |= {"started": time.time()}
             command = [python, Path(__file__).resolve(), "--work", json.dumps(mine)]
-            running.append(subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output))
+            process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
+            running.append(process)
         try:
             while None in (codes := [process.poll() for process in running]) and not any(codes):
                 time.sleep(0.1)
@@ -281,7 +301,8 @@ def measure(python: str, job: dict) -> dict:
             raise RuntimeError("\n".join(texts)[-1000:])
         rows = [json.loads(text.splitlines()[-1]) for text in texts]
     row = {key: job[key] for key in FIELDS[:6]} | rows[0]
-    row |= {key: sum(r[key] for r in rows) for key in ("steps_per_s", "rss_mb", "cuda_mb", "gflop_per_s") if key in row}
+    sums = ("steps_per_s", "rss_mb", "cuda_mb", "gflop_per_s")
+    row |= {key: sum(r[key] for r in rows) for key in sums if key in row}
     return row | {key: max(r[key] for r in rows) for key in ("start_s", "env_us") if key in row}
 
 
@@ -292,16 +313,18 @@ def make_venv(folder: Path, pins: tuple[str, ...]) -> str:
     if not marker.exists() or marker.read_text() != wanted:
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", ROOT / "requirements.txt", *pins], check=True)
+        install = [python, "-m", "pip", "install", "-q", "-r", ROOT / "requirements.txt", *pins]
+        subprocess.run(install, check=True)
         marker.write_text(wanted)
     return str(python)
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: medians over the rounds and ranges; below, how far each of ours is from its limit."""
+    """Markdown: medians and ranges of the rounds; below, how far each of ours is from its limit."""
     groups, notes = collections.defaultdict(list), []
     for row in rows:
-        groups[row["width"], row["processes"], row["threads"], row["contender"], row["compile"]].append(row)
+        names = ("width", "processes", "threads", "contender", "compile")
+        groups[tuple(row[name] for name in names)].append(row)
 
     def median(group, key):
         return statistics.median(row[key] for row in group)
@@ -310,8 +333,12 @@ def table(rows: list[dict]) -> str:
         low, high = min(row[key] for row in group), max(row[key] for row in group)
         return f"{median(group, key):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
-    lines = ["| | width | threads | steps/s | start, s | memory, MiB | of the limit |", "|---|---|---|---|---|---|---|"]
-    for (width, processes, threads, name, compiled), group in sorted(groups.items(), key=lambda item: item[0][:3]):
+    lines = [
+        "| | width | threads | steps/s | start, s | memory, MiB | of the limit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key in sorted(groups, key=lambda key: key[:3]):
+        (width, processes, threads, name, compiled), group = key, groups[key]
         if name.startswith("limit of "):
             continue
         label = f"`{name}`" + {"on": ", compiled", "off": ", not compiled"}.get(compiled, "")
@@ -320,11 +347,15 @@ def table(rows: list[dict]) -> str:
             speed, at_most = median(group, "steps_per_s"), median(best, "steps_per_s")
             share = f"{100 * speed / at_most:.0f} %"
             gflop, rate, env_us = (median(best, key) for key in ("gflop", "gflop_per_s", "env_us"))
-            note = f"- {label}, width {width}, threads {count}: {gflop:.3f} GFLOP per step at {rate:.0f} GFLOP/s, and "
-            note += f"{env_us:.0f} µs of environment: at most {at_most:.1f} steps/s; measured {speed:.1f}, {share}"
+            note = f"- {label}, width {width}, threads {count}: {gflop:.3f} GFLOP per step at "
+            note += f"{rate:.0f} GFLOP/s, and {env_us:.0f} µs of environment: at most "
+            note += f"{at_most:.1f} steps/s; measured {speed:.1f}, {share}"
             notes.append(note)
-        memory = cell(group, "rss_mb") + (f", CUDA {cell(group, 'cuda_mb')}" if "cuda_mb" in group[0] else "")
-        cells = label, width, count, cell(group, "steps_per_s", 1), cell(group, "start_s", 1), memory, share
+        memory = cell(group, "rss_mb")
+        if "cuda_mb" in group[0]:
+            memory += f", CUDA {cell(group, 'cuda_mb')}"
+        measured = cell(group, "steps_per_s", 1), cell(group, "start_s", 1), memory
+        cells = label, width, count, *measured, share
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", *notes])
 
@@ -334,46 +365,56 @@ def main() -> int:
 
     args = tyro.cli(Args, description=__doc__)
     sys.stdout.reconfigure(line_buffering=True)  # the progress of hours may go to a file
-    settings = [(1, n) for n in args.threads] + ([(args.side_by_side, 1)] if args.side_by_side > 1 else [])
+    settings = [(1, n) for n in args.threads]
+    if args.side_by_side > 1:
+        settings.append((args.side_by_side, 1))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ok = {f"{args.out}.csv exists already": not Path(f"{args.out}.csv").exists()}
-    ok[f"--threads, --side-by-side: there are {cpus} CPUs"] = max(k * threads for k, threads in settings) <= cpus
+    enough = max(k * threads for k, threads in settings) <= cpus
+    ok[f"--threads, --side-by-side: there are {cpus} CPUs"] = enough
     numbers = (args.rounds, args.steps, args.warmup, *args.threads, *args.widths)
     ok["--rounds, --steps, --warmup, --threads and --widths must be at least 1"] = min(numbers) >= 1
     for error in (message for message, fine in ok.items() if not fine):
         print(f"throughput.py: error: {error}", file=sys.stderr)
         return 2
-    contenders = [(name, how) for name in args.only for how in (args.compile if name in OURS else [""])]
+    contenders = []
+    for name in args.only:
+        contenders += [(name, how) for how in (args.compile if name in OURS else [""])]
     contenders += [(f"limit of {name}", "") for name in args.only if name in OURS]
     venvs = {name: PEERS[name][0] for name in args.only if name in PEERS}
     if args.device == "cuda":
         venvs = {name: venv.replace("sbx", "sbx-cuda") for name, venv in venvs.items()}
-    pythons = {venv: make_venv(args.venvs.expanduser().resolve() / venv, PINS[venv]) for venv in set(venvs.values())}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that measuring processes end too
+    folder = args.venvs.expanduser().resolve()
+    pythons = {venv: make_venv(folder / venv, PINS[venv]) for venv in set(venvs.values())}
+    # SIGTERM comes as an exception, so that measuring processes end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load, rows, failed = os.getloadavg()[0], [], 0
     with open(f"{args.out}.csv", "w", newline="", buffering=1) as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         order = itertools.product(range(1, args.rounds + 1), args.widths, settings, contenders)
         for number, width, (processes, threads), (name, how) in order:
-            job = {"round": number, "contender": name, "compile": how, "width": width, "env_id": args.env_id}
-            job |= {"processes": processes, "threads": threads, "device": args.device, "warmup": args.warmup}
-            job |= {"steps": args.steps, "seconds": args.seconds, "learning_starts": args.learning_starts}
+            job = {"round": number, "contender": name, "compile": how, "width": width}
+            job |= {"processes": processes, "threads": threads}
+            common = "env_id device warmup steps seconds learning_starts".split()
+            job |= {key: getattr(args, key) for key in common}
+            where = f"width {width}, {processes} × {threads}"
             try:
                 row = measure(pythons.get(venvs.get(name), sys.executable), job)
             except RuntimeError as e:  # the others can still be compared
                 failed = 1
-                print(f"{name}, width {width}, {processes} × {threads} threads, failed: {e}", file=sys.stderr)
+                print(f"{name}, {where} threads, failed: {e}", file=sys.stderr)
                 continue
             rows.append(row)
-            writer.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()})
-            print(f"round {number}, {name} {how}, width {width}, {processes} × {threads}: {row['steps_per_s']:.1f}/s")
-    names = [x.split(":")[1].strip() for x in os.popen("cat /proc/cpuinfo 2>/dev/null") if x.startswith("model name")]
+            rounded = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
+            writer.writerow(rounded)
+            print(f"round {number}, {name} {how}, {where}: {row['steps_per_s']:.1f}/s")
+    info = os.popen("cat /proc/cpuinfo 2>/dev/null")
+    names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     versions = ", ".join(sorted({x for row in rows for x in row["versions"].split(", ")}))
-    text = f"{args.env_id}, batch {BATCH}, UTD 1, {args.device}; {cpus} CPUs, {(names or [platform.machine()])[0]}, "
-    text += (
-        f"load {load:.2f} at the start; {versions}; medians and ranges of {args.rounds} rounds of {args.steps} steps "
-    )
+    text = f"{args.env_id}, batch {BATCH}, UTD 1, {args.device}; "
+    text += f"{cpus} CPUs, {(names or [platform.machine()])[0]}, load {load:.2f} at the start; "
+    text += f"{versions}; medians and ranges of {args.rounds} rounds of {args.steps} steps "
     text += f"or {args.seconds:g} s"
     Path(f"{args.out}.md").write_text(f"{text}\n\n{table(rows)}\n")
     print(Path(f"{args.out}.md").read_text())

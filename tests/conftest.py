@@ -20,7 +20,11 @@ def command(script, *arguments):
 
 def environment():
     """One thread per process: the suite may share its cores; the tests' own environments are found from tests/."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "PYTHONWARNINGS": "ignore"}
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 @pytest.fixture
@@ -41,7 +45,12 @@ def run_script(tmp_path):
 
     def run(script, *arguments, timeout=300, cwd=tmp_path):
         return subprocess.run(
-            command(script, *arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+            command(script, *arguments),
+            cwd=cwd,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
 
     return run

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import crossq_sac
+import sac_baseline
 from crossq_sac import Agent, Args, BatchRenorm, ReplayBuffer
 
 OBS, ACTIONS, BATCH = 5, 2, 16
@@ -32,11 +33,12 @@ def noise(seed=1):
 
 
 def critic_step(agent, batch, eps):
-    return agent.descend(agent.critic_opt, agent.critic_loss, *batch, eps)
+    return agent.descend("critic", agent.critic_loss, batch, {"noise": eps})
 
 
 def actor_step(agent, obs, eps):
-    return agent.descend(agent.actor_opt, agent.actor_loss, obs, eps)
+    info = agent.descend("actor", agent.actor_loss, [obs], {"noise": eps})
+    return info | agent.descend("alpha", agent.alpha_loss, info["diagnostics/entropy"])
 
 
 def q_values(agent, obs, action):
@@ -76,7 +78,14 @@ def ioffe(x, mean, var, warm, r_max=3.0, d_max=5.0, eps=1e-3):
 def test_batch_renorm_is_ioffes(warm):
     """Forward and gradient in float64, with a constant feature, one of tiny variance, and clipped r and d."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(32, 6)) * [1.0, 0.0, 1e-4, 50.0, 1.0, 2.0] + [0.0, 3.0, 1.0, 0.0, 100.0, -1.0]
+    x = rng.normal(size=(32, 6)) * [1.0, 0.0, 1e-4, 50.0, 1.0, 2.0] + [
+        0.0,
+        3.0,
+        1.0,
+        0.0,
+        100.0,
+        -1.0,
+    ]
     layer = BatchRenorm((1, 6), warmup=0 if warm else 100).double()
     mean, var = rng.normal(size=6), rng.uniform(0.5, 2.0, size=6)
     with torch.no_grad():
@@ -89,14 +98,22 @@ def test_batch_renorm_is_ioffes(warm):
     out.backward(torch.tensor(g))
     assert np.allclose(tensor.grad, gradient(g), atol=1e-9)
     if warm:  # the data was chosen so that both clips act
-        assert (np.sqrt(x.var(0) + 1e-3) / np.sqrt(var + 1e-3)).max() > 3 and layer.r.max() == 3 and layer.d.max() == 5
+        assert (
+            (np.sqrt(x.var(0) + 1e-3) / np.sqrt(var + 1e-3)).max() > 3
+            and layer.r.max() == 3
+            and layer.d.max() == 5
+        )
     assert np.allclose(layer.running_mean, 0.99 * mean + 0.01 * x.mean(0))
     assert np.allclose(layer.running_var, 0.99 * var + 0.01 * x.var(0))  # biased
 
 
 def test_batch_renorm_is_batch_norm_in_the_warm_up():
     """The same output as torch's batch norm with eps 1e-3, in training and in eval mode of the first statistics."""
-    x, ours, theirs = torch.randn(20, 3), BatchRenorm((1, 3)), nn.BatchNorm1d(3, eps=1e-3, momentum=0.01)
+    x, ours, theirs = (
+        torch.randn(20, 3),
+        BatchRenorm((1, 3)),
+        nn.BatchNorm1d(3, eps=1e-3, momentum=0.01),
+    )
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)
     assert torch.allclose(ours.running_mean[0], theirs.running_mean)
 
@@ -110,7 +127,9 @@ def test_training_output_is_eval_output_after_the_warm_up():
     x = torch.randn(64, 4) * torch.tensor([1.0, 1.0, 0.7, 1.2])
     before = layer.eval()(x)
     assert torch.allclose(layer.train()(x), before, atol=1e-5)
-    assert not torch.allclose(layer.eval()(x), before, atol=1e-5)  # only now have the statistics moved
+    assert not torch.allclose(
+        layer.eval()(x), before, atol=1e-5
+    )  # only now have the statistics moved
 
 
 def test_warm_up_ends_after_exactly_so_many_training_forwards():
@@ -133,15 +152,24 @@ def test_batch_renorm_state_survives_a_checkpoint():
         layer(torch.randn(2, 8, 3))
     other.load_state_dict(layer.state_dict())
     x = torch.randn(2, 8, 3)
-    assert other.steps == 3 and torch.equal(layer(x), other(x)) and torch.equal(layer.eval()(x), other.eval()(x))
+    assert (
+        other.steps == 3
+        and torch.equal(layer(x), other(x))
+        and torch.equal(layer.eval()(x), other.eval()(x))
+    )
 
 
 def test_an_ensemble_is_as_many_separate_layers():
     """Each critic has its own statistics; a shared input [B, F] is normalised for each."""
-    both, singles = BatchRenorm((2, 1, 3), warmup=0), [BatchRenorm((1, 3), warmup=0) for _ in range(2)]
+    both, singles = (
+        BatchRenorm((2, 1, 3), warmup=0),
+        [BatchRenorm((1, 3), warmup=0) for _ in range(2)],
+    )
     x = torch.randn(2, 8, 3) * torch.tensor([1.0, 2.0])[:, None, None]
     for _ in range(3):
-        assert torch.allclose(both(x), torch.stack([layer(part) for layer, part in zip(singles, x)]), atol=1e-6)
+        assert torch.allclose(
+            both(x), torch.stack([layer(part) for layer, part in zip(singles, x)]), atol=1e-6
+        )
     assert torch.allclose(both.running_var, torch.stack([layer.running_var for layer in singles]))
     assert BatchRenorm((2, 1, 3))(x[0]).shape == (2, 8, 3)
 
@@ -176,7 +204,8 @@ def test_critic_gradient_is_that_of_one_joint_pass_with_a_constant_target():
     separate = gradient(False, True)[1]
     through = gradient(True, False)[1]
     agent.critic.load_state_dict(before)
-    info, ours = agent.gradients(agent.critic_loss, list(agent.critic.parameters()), *batch, noise())
+    parameters, draws = list(agent.critic.parameters()), {"noise": noise()}
+    ours, info = agent.gradients(agent.critic_loss, parameters, batch, draws)
     assert info["losses/critic"].item() == pytest.approx(joint_loss, rel=1e-5)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(ours, joint))
     assert not all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(ours, separate))
@@ -190,28 +219,44 @@ def test_statistics_move_in_their_own_update_only_and_by_one_step():
     critic_step(agent, batch, noise())
     assert same(actor, statistics(agent.actor)) and not same(critic, statistics(agent.critic))
     assert all(v == 1 for k, v in statistics(agent.critic).items() if k.endswith("steps"))
-    joint_input = torch.cat([torch.cat([batch[0], batch[4]]), torch.zeros(2 * BATCH, ACTIONS)], -1)[:, :OBS]
+    joint_input = torch.cat([torch.cat([batch[0], batch[4]]), torch.zeros(2 * BATCH, ACTIONS)], -1)[
+        :, :OBS
+    ]
     mean = agent.critic.norms[0].running_mean[0, 0, :OBS]
     assert torch.allclose(mean, 0.01 * joint_input.mean(0), atol=1e-6)  # of s and s' together
     critic = statistics(agent.critic)
     actor_step(agent, batch[0], noise())
     assert same(critic, statistics(agent.critic)) and not same(actor, statistics(agent.actor))
-    assert torch.allclose(agent.actor.norms[0].running_mean[0], 0.01 * batch[0].mean(0), atol=1e-6)  # of s alone
+    assert torch.allclose(
+        agent.actor.norms[0].running_mean[0], 0.01 * batch[0].mean(0), atol=1e-6
+    )  # of s alone
     actor = statistics(agent.actor)
-    agent.act(np.zeros(OBS, np.float32), torch.ones(ACTIONS))
+    agent.act(np.zeros(OBS, np.float32), torch.Generator())
     assert same(actor, statistics(agent.actor))
 
 
 def test_evaluation_leaves_the_agent_alone_and_training_goes_on():
     """No statistic and no weight moves in evaluate(); the update after it is the one without it."""
-    args = Args(env_id="tiny_envs:Truncated-v0", eval_episodes=2, critic_width=16, actor_width=16, compile="off")
+    args = Args(
+        env_id="tiny_envs:Truncated-v0",
+        eval_episodes=2,
+        critic_width=16,
+        actor_width=16,
+        compile="off",
+    )
     torch.manual_seed(0)
     agents = [Agent(3, 2, args) for _ in range(2)]
     agents[1].load_state_dict(agents[0].state_dict())
-    batch = [torch.randn(BATCH, 3), torch.rand(BATCH, 2), torch.randn(BATCH), torch.zeros(BATCH), torch.randn(BATCH, 3)]
+    batch = [
+        torch.randn(BATCH, 3),
+        torch.rand(BATCH, 2),
+        torch.randn(BATCH),
+        torch.zeros(BATCH),
+        torch.randn(BATCH, 3),
+    ]
     for step in range(4):
         before = {k: v.clone() for k, v in agents[0].state_dict().items()}
-        crossq_sac.evaluate(agents[0], crossq_sac.make_env(args), step)
+        crossq_sac.evaluate(agents[0], crossq_sac.make_env(args), step, None)
         assert same(before, agents[0].state_dict())
         for agent in agents:
             critic_step(agent, batch, noise())
@@ -234,7 +279,9 @@ def test_the_actor_update_leaves_the_critics_weights_alone_and_uses_them_in_eval
     agent.actor.train(), agent.critic.eval()
     action, log_prob = agent.policy(batch[0], noise())
     q = q_values(agent, batch[0], action).min(0).values
-    assert info["losses/actor"].item() == pytest.approx((1.0 * log_prob - q).mean().item(), rel=1e-4)  # alpha was 1
+    assert info["losses/actor"].item() == pytest.approx(
+        (1.0 * log_prob - q).mean().item(), rel=1e-4
+    )  # alpha was 1
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -251,7 +298,7 @@ def test_temperature_follows_the_entropy(wide):
     assert step == pytest.approx(-1e-3 if wide else 1e-3, rel=1e-3)
     expected = 0.5 * (info["diagnostics/entropy"].item() + ACTIONS)
     assert agent.log_alpha.grad.item() == pytest.approx(expected, rel=1e-4)
-    assert agent.actor_opt.param_groups[1]["betas"] == (0.9, 0.999)
+    assert agent.optimizers["alpha"].param_groups[0]["betas"] == (0.9, 0.999)
     fixed = make_agent(alpha=0.5, alpha_lr=0.0)
     actor_step(fixed, make_batch()[0], noise())
     assert fixed.log_alpha.item() == pytest.approx(math.log(0.5))
@@ -269,9 +316,14 @@ def test_every_third_update_moves_the_actor():
 
 def test_optimisers_have_the_papers_constants():
     agent = make_agent()
-    for optimizer in (agent.critic_opt, agent.actor_opt):
-        group = optimizer.param_groups[0]
-        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.5, 0.999), 1e-8, 0)
+    for name in ("critic", "actor"):
+        group = agent.optimizers[name].param_groups[0]
+        assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+            1e-3,
+            (0.5, 0.999),
+            1e-8,
+            0,
+        )
 
 
 def test_terminal_rows_have_the_reward_as_target():
@@ -284,7 +336,9 @@ def test_terminal_rows_have_the_reward_as_target():
     with torch.no_grad():
         next_action, _ = agent.policy(next_obs, noise())
         q = q_values(agent, torch.cat([obs, next_obs]), torch.cat([action, next_action]))[:, :BATCH]
-    assert info["losses/critic"].item() == pytest.approx(0.5 * (q - reward).square().mean(1).sum().item(), rel=1e-5)
+    assert info["losses/critic"].item() == pytest.approx(
+        0.5 * (q - reward).square().mean(1).sum().item(), rel=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------ the networks
@@ -327,8 +381,7 @@ def test_log_std_is_clipped_and_not_rescaled():
 
 def test_initialisation_is_lecun_normal():
     torch.manual_seed(0)
-    args = Args(critic_width=300)
-    mlp = crossq_sac.MLP(400, 300, 1, args, ensemble=(2,))
+    mlp = crossq_sac.MLP(400, 300, 1, 100_000, ensemble=(2,))
     for weight, bias, n in zip(mlp.weights, mlp.biases, (400, 300, 300)):
         assert weight.std().item() == pytest.approx(n**-0.5, rel=0.06)
         assert weight.abs().max() <= 2 * n**-0.5 / 0.8796 + 1e-6 and (bias == 0).all()
@@ -368,15 +421,22 @@ def test_buffer_wraps_around_and_keeps_contents():
         kept = range(max(0, i - 4), i + 1)
         assert set(obs[:, 0].tolist()) == set(kept)
         assert torch.equal(obs + 1, next_obs) and torch.equal(reward, obs[:, 0] + 0.5)
-        assert torch.allclose(action[:, 0], -obs[:, 0] / 10) and torch.equal(done, (obs[:, 0] % 2 == 0).float())
-        assert buffer.rows.dtype == torch.float32 and (action.shape, reward.shape) == ((200, 1), (200,))
+        assert torch.allclose(action[:, 0], -obs[:, 0] / 10) and torch.equal(
+            done, (obs[:, 0] % 2 == 0).float()
+        )
+        assert buffer.rows.dtype == torch.float32 and (action.shape, reward.shape) == (
+            (200, 1),
+            (200,),
+        )
 
 
 def test_sampling_is_uniform():
     buffer = ReplayBuffer(64, 1, 1, torch.device("cpu"))
     for i in range(50):
         buffer.add([i], [0], 0, False, [0])
-    counts = torch.bincount(buffer.sample(50_000, torch.Generator().manual_seed(0))[0][:, 0].long(), minlength=64)
+    counts = torch.bincount(
+        buffer.sample(50_000, torch.Generator().manual_seed(0))[0][:, 0].long(), minlength=64
+    )
     chi2 = ((counts[:50] - 1000.0) ** 2 / 1000).sum()
     assert counts[50:].sum() == 0 and 20 < chi2 < 90  # 49 degrees of freedom: 0.9999 of all draws
 
@@ -395,23 +455,29 @@ def run_loop(tmp_path, monkeypatch):
 
     def run(*arguments):
         made = {"envs": []}
-        for name in ("Agent", "ReplayBuffer"):
-            original = getattr(crossq_sac, name)
 
-            def build(*a, original=original, name=name, **k):
-                made[name] = original(*a, **k)
-                return made[name]
+        class KeptAgent(Agent):
+            program = "crossq_sac"
 
-            monkeypatch.setattr(crossq_sac, name, build)
-        make_env = crossq_sac.make_env
-        monkeypatch.setattr(
-            crossq_sac, "make_env", lambda *a, **k: made["envs"].append(make_env(*a, **k)) or made["envs"][-1]
-        )
-        monkeypatch.setattr(crossq_sac.signal, "signal", lambda *_: None)
+            def __init__(self, *args):
+                super().__init__(*args)
+                made["agent"] = self
+
+        class KeptBuffer(ReplayBuffer):
+            def __init__(self, *args):
+                super().__init__(*args)
+                made["buffer"] = self
+
+        def make_env(args):
+            made["envs"].append(crossq_sac.make_env(args))
+            return made["envs"][-1]
+
         monkeypatch.chdir(tmp_path)
-        common = "--critic-width 32 --actor-width 16 --batch-size 64 --compile off --device cpu --eval-every 100000"
-        assert crossq_sac.main([*common.split(), *arguments]) == 0
-        return made["Agent"], made["ReplayBuffer"], made["envs"][0]
+        common = "--critic-width 32 --actor-width 16 --batch-size 64 --compile off --device cpu"
+        arguments = [*common.split(), "--eval-every", "100000", *arguments]
+        parts = {"Agent": KeptAgent, "ReplayBuffer": KeptBuffer, "make_env": make_env}
+        assert crossq_sac.main(arguments, **parts) == 0
+        return made["agent"], made["buffer"], made["envs"][0]
 
     return run
 
@@ -430,7 +496,9 @@ def test_truncation_bootstraps_and_termination_does_not(run_loop, env, flags, li
     if limit:
         assert torch.allclose(q, torch.full((2,), limit), rtol=0.12)
     else:
-        assert q[1] < 1.6 and 3.0 < q[0] < 5.0 and q[0] == pytest.approx((1 - 0.8**10) / 0.2, rel=0.2)
+        assert (
+            q[1] < 1.6 and 3.0 < q[0] < 5.0 and q[0] == pytest.approx((1 - 0.8**10) / 0.2, rel=0.2)
+        )
 
 
 @pytest.mark.parametrize("env", ["Truncated", "Terminated"])
@@ -442,7 +510,9 @@ def test_stored_transitions(run_loop, env):
     obs, action, reward, done, next_obs = buffer.rows[:95].split(buffer.widths, -1)
     t = torch.arange(95) % 10
     assert torch.allclose(obs[:, 0], t / 10) and torch.allclose(next_obs[:, 0], (t + 1) / 10)
-    assert torch.equal(obs[:, 1], next_obs[:, 1]) and len(set(obs[:, 1].tolist())) == 10  # the episode's own mark
+    assert (
+        torch.equal(obs[:, 1], next_obs[:, 1]) and len(set(obs[:, 1].tolist())) == 10
+    )  # the episode's own mark
     assert torch.equal(done[:, 0], (t == 9).float() if env == "Terminated" else torch.zeros(95))
     # The agent's actions fill [-1, 1]; the environment, with bounds of 0.4, saw 0.4 times as much.
     assert action.min() < -0.9 and action.max() > 0.9 and abs(action.mean()) < 0.2
@@ -461,7 +531,9 @@ def test_warm_up_is_exactly_learning_starts_random_steps(run_loop, monkeypatch):
 
     monkeypatch.setattr(ReplayBuffer, "add", counting_add)
     monkeypatch.setattr(Agent, "act", lambda self, *a: acted.append(n_rows[0] + 1) or act(self, *a))
-    monkeypatch.setattr(Agent, "update", lambda self, *a: updated.append(n_rows[0]) or update(self, *a))
+    monkeypatch.setattr(
+        Agent, "update", lambda self, *a: updated.append(n_rows[0]) or update(self, *a)
+    )
     flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 40 --learning-starts 30"
     _, buffer, _ = run_loop(*flags.split())
     assert acted == list(range(31, 41)) and updated == list(range(31, 41))
@@ -473,12 +545,15 @@ def test_warm_up_is_exactly_learning_starts_random_steps(run_loop, monkeypatch):
 
 def test_actor_update_takes_the_states_of_the_batch_and_noise_of_its_own(monkeypatch):
     agent, batch, calls = make_agent(policy_delay=1), make_batch(), []
-    monkeypatch.setattr(agent, "descend", lambda *a: calls.append(a) or {})
+    entropy = {"diagnostics/entropy": 0.0}
+    monkeypatch.setattr(agent, "descend", lambda *a: calls.append(a) or entropy)
     agent.update(batch, torch.Generator().manual_seed(0))
-    (_, critic_loss, *critic_batch), (_, actor_loss, *actor_batch) = calls
+    (_, critic_loss, critic_batch, critic_draws), (_, actor_loss, actor_batch, actor_draws), _ = (
+        calls
+    )
     assert critic_loss == agent.critic_loss and actor_loss == agent.actor_loss
-    assert all(a is b for a, b in zip(critic_batch, batch)) and actor_batch[0] is batch[0]
-    assert not torch.equal(actor_batch[1], critic_batch[5])
+    assert critic_batch is batch and actor_batch is batch
+    assert not torch.equal(actor_draws["noise"], critic_draws["noise"])
 
 
 def test_evaluation_is_deterministic_and_its_seeds_are_the_steps():
@@ -486,12 +561,14 @@ def test_evaluation_is_deterministic_and_its_seeds_are_the_steps():
     agent = make_agent()
     obs = np.ones(OBS, np.float32)
     mean = agent.actor.eval()(torch.ones(1, OBS))[:, :ACTIONS]
-    assert np.allclose(agent.act(obs, torch.zeros(ACTIONS)), mean.tanh().detach()[0])
-    args = Args(env_id="Pendulum-v1", eval_episodes=1, critic_width=16, actor_width=16, compile="off")
+    assert np.allclose(agent.act(obs), mean.tanh().detach()[0])
+    args = Args(
+        env_id="Pendulum-v1", eval_episodes=1, critic_width=16, actor_width=16, compile="off"
+    )
     env, seen = crossq_sac.make_env(args), []
     agent = Agent(3, 1, args)
     step = env.step
-    env.step = lambda action: seen.append((action, agent.act(env.last, torch.zeros(1)))) or env_step(action)
+    env.step = lambda action: seen.append((action, agent.act(env.last))) or env_step(action)
 
     def env_step(action):
         out = step(action)
@@ -506,7 +583,7 @@ def test_evaluation_is_deterministic_and_its_seeds_are_the_steps():
         return out
 
     env.reset = env_reset
-    rows = [crossq_sac.evaluate(agent, env, at)[0][2] for at in (1, 1, 2)]
+    rows = [crossq_sac.evaluate(agent, env, at, None)[0][2] for at in (1, 1, 2)]
     assert rows[0] == rows[1] != rows[2]
     assert all(np.array_equal(a, b) for a, b in seen)
 
@@ -521,6 +598,34 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
 def test_dictionaries_are_flattened_in_the_order_of_the_space():
     env = crossq_sac.make_env(Args(env_id="tiny_envs:DictObs-v0"))
     obs, _ = env.reset(seed=0)
-    assert isinstance(env.observation_space, gym.spaces.Box) and obs.dtype == np.float32 and obs.shape == (3,)
+    assert (
+        isinstance(env.observation_space, gym.spaces.Box)
+        and obs.dtype == np.float32
+        and obs.shape == (3,)
+    )
     obs, *_ = env.step(np.full(2, 0.5, np.float32))
-    assert obs[0] == pytest.approx(0.1) and obs[2] == pytest.approx(0.2)  # "position", then "height"
+    assert obs[0] == pytest.approx(0.1) and obs[2] == pytest.approx(
+        0.2
+    )  # "position", then "height"
+
+
+def test_the_joint_pass_ties_the_gradient_to_the_next_states():
+    """With gamma 0 the target is the reward alone, yet s' moves q's gradient: it is in the batch's
+    statistics. In SAC, without batch norm, it is not."""
+    for script, tied in ((crossq_sac, True), (sac_baseline, False)):
+        torch.manual_seed(0)
+        args = script.Args(critic_width=16, actor_width=16, gamma=0.0)
+        agent, gradients = script.Agent(OBS, ACTIONS, args), []
+        for shift in (0.0, 3.0):
+            obs, action, reward, done, next_obs = make_batch()
+            batch, draws = (obs, action, reward, done, next_obs + shift), {"noise": noise()}
+            parameters = list(agent.critic.parameters())
+            gradients.append(agent.gradients(agent.critic_loss, parameters, batch, draws)[0])
+        change = max((a - b).abs().max().item() for a, b in zip(*gradients))
+        assert (change > 1e-3) == tied and (change == 0) == (not tied)
+
+
+def test_in_the_warm_up_r_is_one_and_d_is_zero_whatever_the_batch():
+    layer = BatchRenorm((1, 2), warmup=10)
+    layer(torch.tensor([[1e30, float("inf")], [1.0, 2.0]]))
+    assert layer.r.tolist() == [[1.0, 1.0]] and layer.d.tolist() == [[0.0, 0.0]]

@@ -16,7 +16,12 @@ from conftest import ROOT, environment
 RUN = ROOT / "benchmark/run.sh"
 FLAGS = """--critic-width 16 --actor-width 16 --batch-size 16 --learning-starts 40 --eval-every 50 --eval-episodes 2
     --checkpoint-every 37 --device cpu --compile off"""
-SCRIPTS, ENVS, SEEDS, STEPS = ["crossq_sac", "sac_baseline"], ["Truncated-v0", "gate:Gate-v0"], [1, 2], 150
+SCRIPTS, ENVS, SEEDS, STEPS = (
+    ["crossq_sac", "sac_baseline"],
+    ["Truncated-v0", "gate:Gate-v0"],
+    [1, 2],
+    150,
+)
 GATE = """
 import pathlib, time, gymnasium, tiny_envs
 class Gate(tiny_envs.Constant):
@@ -39,8 +44,18 @@ def environ():
 def grid(*arguments, scripts=SCRIPTS, envs=ENVS, seeds=SEEDS, steps=STEPS, flags=FLAGS):
     """The command line of a grid of tiny runs."""
     envs = [env if ":" in env else f"tiny_envs:{env}" for env in envs]
-    lists = {"--scripts": scripts, "--envs": envs, "--seeds": seeds, "--steps": [steps], "--flags": flags.split()}
-    return [RUN, *(word for key, value in lists.items() for word in (key, " ".join(map(str, value)))), *arguments]
+    lists = {
+        "--scripts": scripts,
+        "--envs": envs,
+        "--seeds": seeds,
+        "--steps": [steps],
+        "--flags": flags.split(),
+    }
+    return [
+        RUN,
+        *(word for key, value in lists.items() for word in (key, " ".join(map(str, value)))),
+        *arguments,
+    ]
 
 
 @pytest.fixture
@@ -48,7 +63,9 @@ def call(tmp_path):
     """call(*command) in tmp_path, where gate.py is; the gate is open unless the test takes the file `open` away."""
     (tmp_path / "gate.py").write_text(GATE)
     (tmp_path / "open").touch()
-    return functools.partial(subprocess.run, cwd=tmp_path, env=environ(), capture_output=True, text=True, timeout=120)
+    return functools.partial(
+        subprocess.run, cwd=tmp_path, env=environ(), capture_output=True, text=True, timeout=120
+    )
 
 
 def wait_for(condition, what, seconds=100):
@@ -86,7 +103,9 @@ def stop_half_way(folder, number, command):
     (folder / "open").touch()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, out
-    left = [p for p in Path("/proc").glob("[0-9]*/cwd") if p.exists() and Path(os.readlink(p)) == folder]
+    left = [
+        p for p in Path("/proc").glob("[0-9]*/cwd") if p.exists() and Path(os.readlink(p)) == folder
+    ]
     assert not left
     return out
 
@@ -102,29 +121,47 @@ def references(folder, environments):
     folder.mkdir()
     (folder / "gate.py").write_text(GATE)
     (folder / "open").touch()
-    jobs = [f"{script},{env},{seed}" for script in SCRIPTS for env in environments for seed in SEEDS]
+    jobs = [
+        f"{script},{env},{seed}" for script in SCRIPTS for env in environments for seed in SEEDS
+    ]
     paths = environ() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, str(STEPS), FLAGS, *jobs]
     subprocess.run(command, cwd=folder, env=paths, check=True, capture_output=True, timeout=120)
     keys = (path.name.split("__") for path in (folder / "runs").iterdir())
-    return {(e, s, int(i)): (folder / f"runs/{e}__{s}__{i}/evaluations.csv").read_bytes() for e, s, i in keys}
+    return {
+        (e, s, int(i)): (folder / f"runs/{e}__{s}__{i}/evaluations.csv").read_bytes()
+        for e, s, i in keys
+    }
 
 
 def test_stopped_half_way_and_called_again(tmp_path, call):
     """By Ctrl-C: two runs have finished, two are in their middle, the others have not begun."""
     out = stop_half_way(tmp_path, signal.SIGINT, grid("--workers", "2"))
-    assert out.count("] finished ") == 2 and out.count("stopped ") == 2 and "2 of 8 runs finished" in out
+    assert (
+        out.count("] finished ") == 2
+        and out.count("stopped ") == 2
+        and "2 of 8 runs finished" in out
+    )
     interrupted = runs(tmp_path / "runs")
     for (env, _, _), run in interrupted.items():
-        assert (run / "finished").exists() == (env == "Truncated-v0") and (run / "checkpoint.pt").exists()
-        assert f"ended at step {150 if env == 'Truncated-v0' else 61};" in (run / "log.txt").read_text()
+        assert (run / "finished").exists() == (env == "Truncated-v0") and (
+            run / "checkpoint.pt"
+        ).exists()
+        assert (
+            f"ended at step {150 if env == 'Truncated-v0' else 61};"
+            in (run / "log.txt").read_text()
+        )
     finished = {
-        run: (run / "log.txt").read_bytes() for (env, _, _), run in interrupted.items() if env == "Truncated-v0"
+        run: (run / "log.txt").read_bytes()
+        for (env, _, _), run in interrupted.items()
+        if env == "Truncated-v0"
     }
     assert (len(interrupted), len(finished)) == (4, 2)
 
     result = call(grid("--workers", "2"))
-    assert result.returncode == 0 and "8 of 8 runs finished" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "8 of 8 runs finished" in result.stdout, (
+        result.stdout + result.stderr
+    )
     assert result.stdout.count("start ") == result.stdout.count("] finished ") == 6
     assert re.search(r"\[8/8\] finished .* in 0:00:\d\d, about 0:00:00 left", result.stdout)
     assert all((run / "log.txt").read_bytes() == log for run, log in finished.items())
@@ -134,11 +171,16 @@ def test_stopped_half_way_and_called_again(tmp_path, call):
     for (env, script, seed), run in found.items():
         assert (run / "evaluations.csv").read_bytes() == expected[env, script, seed]
         lines = starts(run)
-        assert len(lines) == (2 if (env, seed) == ("Gate-v0", 1) else 1) and "--resume" not in lines[0]
+        assert (
+            len(lines) == (2 if (env, seed) == ("Gate-v0", 1) else 1) and "--resume" not in lines[0]
+        )
         assert all("--resume runs/" in line for line in lines[1:])
 
     result = call(grid("--workers", "2"))
-    assert (result.returncode, len(result.stdout.splitlines())) == (0, 1) and "all 8 runs" in result.stdout
+    assert (result.returncode, len(result.stdout.splitlines())) == (
+        0,
+        1,
+    ) and "all 8 runs" in result.stdout
 
 
 def test_sigterm_stops_as_well(tmp_path, call):
@@ -150,9 +192,14 @@ def test_sigterm_stops_as_well(tmp_path, call):
 def test_a_failing_run_stops_no_other(tmp_path, call):
     """It is listed with its log and the log's last line. With more steps, the finished one goes on where it was."""
     one = {"scripts": ["sac_baseline"], "seeds": [1]}
-    result = call(grid("--workers", "1", "--out", "there", envs=["Nonexistent-v0", "Truncated-v0"], **one))
+    result = call(
+        grid("--workers", "1", "--out", "there", envs=["Nonexistent-v0", "Truncated-v0"], **one)
+    )
     assert result.returncode == 1 and "1 of 2 runs finished" in result.stdout
-    good, bad = (runs(tmp_path / "there/runs")[env, "sac_baseline", 1] for env in ("Truncated-v0", "Nonexistent-v0"))
+    good, bad = (
+        runs(tmp_path / "there/runs")[env, "sac_baseline", 1]
+        for env in ("Truncated-v0", "Nonexistent-v0")
+    )
     *_, count, path, last = result.stdout.splitlines()
     assert count == "failed: 1" and path.strip() == str(bad / "log.txt")
     assert "error: " in last and "Nonexistent" in last and not (bad / "finished").exists()
@@ -160,7 +207,9 @@ def test_a_failing_run_stops_no_other(tmp_path, call):
 
     result = call(grid("--out", "there/runs", envs=["Truncated-v0"], steps=200, **one))
     assert result.returncode == 0 and "--resume" in starts(good)[1]
-    assert (good / "finished").read_text() == "200\n" and "\n200,1," in (good / "evaluations.csv").read_text()
+    assert (good / "finished").read_text() == "200\n" and "\n200,1," in (
+        good / "evaluations.csv"
+    ).read_text()
     result = call(grid("--out", "there", envs=["Truncated-v0"], steps=100, **one))
     assert result.returncode == 0 and "all 1 runs" in result.stdout and len(starts(good)) == 2
 
@@ -207,7 +256,9 @@ def test_dry_run_prints_commands_that_the_scripts_accept(call, tmp_path, monkeyp
     import ablate
     import probe
 
-    settings = {re.sub("--(env-id|seed|run-name) [^ ]+ ?", "", command): command for command in commands}
+    settings = {
+        re.sub("--(env-id|seed|run-name) [^ ]+ ?", "", command): command for command in commands
+    }
     for command in settings.values():
         python, *words = command.split()
         module = probe.load(words[0 if "ablate" not in words[0] else 1])
@@ -219,14 +270,22 @@ def test_dry_run_prints_commands_that_the_scripts_accept(call, tmp_path, monkeyp
 
 def test_gpus_and_workers(tmp_path, call):
     """The visible GPUs, each with its share of runs; a stand-in for Python writes what it is given."""
-    (tmp_path / "python").write_text('#!/bin/sh\nsleep 1\necho "GPU $CUDA_VISIBLE_DEVICES, $OMP_NUM_THREADS thread"\n')
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\nsleep 1\necho "GPU $CUDA_VISIBLE_DEVICES, $OMP_NUM_THREADS thread"\n'
+    )
     (tmp_path / "python").chmod(0o755)
-    env = {k: v for k, v in environ().items() if k != "OMP_NUM_THREADS"} | {"PYTHON": str(tmp_path / "python")}
+    env = {k: v for k, v in environ().items() if k != "OMP_NUM_THREADS"} | {
+        "PYTHON": str(tmp_path / "python")
+    }
     arguments = {"flags": "--critic-width 16", "envs": ["Truncated-v0"], "seeds": range(4)}
-    result = call(grid("--jobs-per-gpu", "2", **arguments), env=env | {"CUDA_VISIBLE_DEVICES": "3,5"})
+    result = call(
+        grid("--jobs-per-gpu", "2", **arguments), env=env | {"CUDA_VISIBLE_DEVICES": "3,5"}
+    )
     assert "4 at a time on 2 GPUs" in result.stdout and result.returncode == 0
     assert re.findall(r"^start .* on GPU (\d)$", result.stdout, re.M)[:4] == ["3", "5", "3", "5"]
-    seen = [(run / "log.txt").read_text().splitlines()[-1] for run in runs(tmp_path / "runs").values()]
+    seen = [
+        (run / "log.txt").read_text().splitlines()[-1] for run in runs(tmp_path / "runs").values()
+    ]
     assert sorted(seen) == ["GPU 3, 1 thread"] * 4 + ["GPU 5, 1 thread"] * 4
     result = call(grid("--out", "cpu", **arguments), env=env)
     assert f"{len(os.sched_getaffinity(0))} at a time\n" in result.stdout
@@ -243,7 +302,9 @@ def test_gpus_and_workers(tmp_path, call):
 ])  # fmt: skip
 def test_wrong_arguments(call, tmp_path, arguments, message):
     result = call([RUN, *arguments])
-    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (
+        result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -255,7 +316,10 @@ def slurm():
     """A running Slurm, or one that ../shared/slurm-localhost.sh starts for this test."""
 
     def answers():
-        return shutil.which("sbatch") and not subprocess.run(["sinfo"], capture_output=True, timeout=30).returncode
+        return (
+            shutil.which("sbatch")
+            and not subprocess.run(["sinfo"], capture_output=True, timeout=30).returncode
+        )
 
     start = ROOT.parent / "shared/slurm-localhost.sh"
     if answers():
@@ -279,14 +343,18 @@ def test_slurm_array(tmp_path, call, slurm, end):
     one = {"scripts": ["sac_baseline"], "envs": ["gate:Gate-v0"]}
     command = grid("--launcher", "slurm", "--jobs", "2", "--time", "10", **one)
     result = call([*command, "--dry-run"])
-    assert re.search(r"sbatch .*--requeue --signal=B:TERM@60 --array=0,1%2 --time=10\n", result.stdout)
+    assert re.search(
+        r"sbatch .*--requeue --signal=B:TERM@60 --array=0,1%2 --time=10\n", result.stdout
+    )
     assert not (tmp_path / "runs").exists()
     result = call(command)
     assert result.returncode == 0 and "submitted 2 of 2 runs" in result.stdout, result.stderr
     array = result.stdout.split()[0]
 
     def jobs(*arguments):
-        return subprocess.run([*arguments, array], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [*arguments, array], capture_output=True, text=True, check=True
+        ).stdout
 
     try:
         again = call(command)
@@ -297,7 +365,11 @@ def test_slurm_array(tmp_path, call, slurm, end):
         task = re.search(rf"JobId={array} ArrayJobId={array} ArrayTaskId=(\d)", shown)[1]
         signalled = {
             "time limit": ["scancel", "--batch", "--signal=TERM", f"{array}_{task}"],
-            "pre-emption": ["scontrol", "requeue", f"{array}_{task}"],  # as Slurm itself does with PreemptMode=REQUEUE
+            "pre-emption": [
+                "scontrol",
+                "requeue",
+                f"{array}_{task}",
+            ],  # as Slurm itself does with PreemptMode=REQUEUE
         }
         subprocess.run(signalled[end], check=True)
         time.sleep(1)

@@ -37,7 +37,11 @@ def reference(monkeypatch):
 
     def make(algorithm, **arguments):
         torch.manual_seed(0)
-        kwargs = {"batch_size": BATCH, "device": "cpu", "policy_kwargs": {"net_arch": [WIDTH, WIDTH]}}
+        kwargs = {
+            "batch_size": BATCH,
+            "device": "cpu",
+            "policy_kwargs": {"net_arch": [WIDTH, WIDTH]},
+        }
         model = algorithm("MlpPolicy", Box(), **kwargs, **arguments)
         model.set_logger(configure(None, []))
         model.policy.double()
@@ -49,7 +53,9 @@ def reference(monkeypatch):
         model.actor.action_dist.epsilon = 0.0
         # 2. Their temperature's loss is log alpha * (H - target), ours alpha * (H - target): the same sign, alpha times
         #    the gradient.
-        model.log_ent_coef.register_hook(lambda gradient: gradient * model.log_ent_coef.detach().exp())
+        model.log_ent_coef.register_hook(
+            lambda gradient: gradient * model.log_ent_coef.detach().exp()
+        )
         model.noise = []
 
         def rsample(self, sample_shape=()):
@@ -64,7 +70,10 @@ def reference(monkeypatch):
 
 def weights_of(model) -> dict[str, torch.Tensor]:
     """Their weights and running statistics under our names and in our shapes."""
-    nets = {"critic": model.critic.q_networks, "actor": [[*model.actor.latent_pi, model.actor.mu, model.actor.log_std]]}
+    nets = {
+        "critic": model.critic.q_networks,
+        "actor": [[*model.actor.latent_pi, model.actor.mu, model.actor.log_std]],
+    }
     if hasattr(model, "critic_target"):
         nets["target_critic"] = model.critic_target.q_networks
     out = {"log_alpha": model.log_ent_coef[0]}
@@ -72,15 +81,25 @@ def weights_of(model) -> dict[str, torch.Tensor]:
         join = torch.stack if "critic" in prefix else torch.cat  # our critics are one ensemble
         norms = [[m for m in net if isinstance(m, BatchRenorm)] for net in members]
         for k, layers in enumerate(zip(*norms)):
-            names = {"scale": "scale", "bias": "bias", "running_mean": "ra_mean", "running_var": "ra_var"}
+            names = {
+                "scale": "scale",
+                "bias": "bias",
+                "running_mean": "ra_mean",
+                "running_var": "ra_var",
+            }
             for ours, theirs in names.items():
-                out[f"{prefix}.norms.{k}.{ours}"] = join([getattr(layer, theirs)[None] for layer in layers])
+                out[f"{prefix}.norms.{k}.{ours}"] = join(
+                    [getattr(layer, theirs)[None] for layer in layers]
+                )
             out[f"{prefix}.norms.{k}.steps"] = layers[0].steps
         linears = [[m for m in net if isinstance(m, torch.nn.Linear)] for net in members]
         for k, layers in enumerate(zip(*linears)):
             out[f"{prefix}.weights.{k}"] = join([layer.weight.T for layer in layers])
             out[f"{prefix}.biases.{k}"] = join([layer.bias[None] for layer in layers])
-    for name in ("actor.weights", "actor.biases"):  # our actor's last layer holds both heads: mean, log_std
+    for name in (
+        "actor.weights",
+        "actor.biases",
+    ):  # our actor's last layer holds both heads: mean, log_std
         out[f"{name}.2"] = torch.cat([out.pop(f"{name}.{k}") for k in (2, 3)], -1)
     return {name: tensor.detach().clone() for name, tensor in out.items()}
 
@@ -91,7 +110,7 @@ def compare(model, module, draws, policy_delay, monkeypatch):
     agent = module.Agent(OBS, ACTIONS, args).double()
     agent.load_state_dict(weights_of(model))  # strict: every tensor of ours has one of theirs
     queue = []
-    monkeypatch.setattr(torch, "randn_like", lambda x, generator=None: queue.pop(0))
+    monkeypatch.setattr(agent, "draw", lambda batch, rng: {"noise": queue.pop(0)})
     for update in range(1, UPDATES + 1):
         obs, next_obs = torch.randn(2, BATCH, OBS).double()
         action, reward = torch.rand(BATCH, ACTIONS).double() * 2 - 1, torch.randn(BATCH).double()
@@ -113,7 +132,9 @@ def compare(model, module, draws, policy_delay, monkeypatch):
             assert info["losses/actor"].item() == pytest.approx(logged["train/actor_loss"], **close)
             assert info["diagnostics/alpha"].log().item() == pytest.approx(before, abs=1e-12)
             assert abs(agent.log_alpha.item() - before) > 1e-4
-            assert agent.log_alpha.grad.item() == pytest.approx(model.log_ent_coef.grad.item(), **close)
+            assert agent.log_alpha.grad.item() == pytest.approx(
+                model.log_ent_coef.grad.item(), **close
+            )
         ours = agent.state_dict()
         for name, theirs in weights_of(model).items():
             assert torch.allclose(ours[name], theirs, rtol=1e-8, atol=1e-8), (update, name)
@@ -133,7 +154,9 @@ def test_nine_updates_agree_with_stable_baselines3(reference, monkeypatch):
     """sac_baseline.py against SAC, target networks too."""
     arguments = {"learning_rate": 1e-3, "ent_coef": "auto_1.0", "tau": 0.005, "gamma": 0.99}
     model = reference(SAC, **arguments)
-    with torch.no_grad():  # a target network that follows the critic from afar: mistaking one for the other shows
+    with (
+        torch.no_grad()
+    ):  # a target network that follows the critic from afar: mistaking one for the other shows
         for p in model.critic_target.parameters():
             p += 0.1 * torch.randn_like(p)
     # 3. It draws the noise of pi(obs) before that of pi(next_obs).

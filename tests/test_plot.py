@@ -32,23 +32,41 @@ def write_evaluations(path, seed, last, every=5000, success=None, rate=RATE):
 
 def write_run(folder, env_id, seed, last=20_000, every=5000, success=None, **flags):
     write_evaluations(folder / "evaluations.csv", seed, last, every, success)
-    args = {"env_id": env_id, "seed": seed, "utd": 1, "learning_starts": 5000, "action_repeat": 1, "gamma": 0.99}
+    args = {
+        "env_id": env_id,
+        "seed": seed,
+        "utd": 1,
+        "learning_starts": 5000,
+        "action_repeat": 1,
+        "gamma": 0.99,
+    }
     args |= {"total_timesteps": last, "run_name": folder.name} | flags
     (folder / "args.json").write_text(json.dumps({"args": args}))
 
 
 def write_probe(path, steps=(5000, 10_000)):
-    rows = [(s, f"critic/{k}/{q}", v) for s in steps for k, (q, v) in enumerate([("weight_norm", 3)] * 2)]
+    rows = [
+        (s, f"critic/{k}/{q}", v)
+        for s in steps
+        for k, (q, v) in enumerate([("weight_norm", 3)] * 2)
+    ]
     rows += [(s, f"critic/{k}/effective_lr", v) for s in steps for k, v in enumerate((0.25, 0.75))]
     rows += [(s, q, v) for s in steps for q, v in (("q_bias/mean", -0.5), ("q_bias/std", 0.1))]
-    rows += [(steps[-1], "q_bias/mean", 0.125), (steps[-1], "actor/0/weight_norm", 99)]  # after a resume
+    rows += [
+        (steps[-1], "q_bias/mean", 0.125),
+        (steps[-1], "actor/0/weight_norm", 99),
+    ]  # after a resume
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
 def table_rows(text, start):
     """The cells of the printed rows that begin so."""
-    return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith(f"| {start}")
+    ]
 
 
 def svg_texts(path):
@@ -62,7 +80,11 @@ def svg_texts(path):
 def drawn(monkeypatch):
     """The figures that plot.main draws, as matplotlib objects, by file name; writing them would take seconds each."""
     figures = {}
-    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda self, path, **_: figures.update({path.split("/")[-1]: self}))
+    monkeypatch.setattr(
+        plot.plt.Figure,
+        "savefig",
+        lambda self, path, **_: figures.update({path.split("/")[-1]: self}),
+    )
     return figures
 
 
@@ -104,7 +126,9 @@ def test_interval_without_spread():
 def test_interval_covers(level):
     """Of 20 normal seeds, the mean's interval holds the true mean about as often as it says."""
     rng = np.random.default_rng(0)
-    _, low, high = plot.estimate([rng.standard_normal((20, 300))], "mean", level)  # 300 experiments at once
+    _, low, high = plot.estimate(
+        [rng.standard_normal((20, 300))], "mean", level
+    )  # 300 experiments at once
     assert abs(np.mean((low < 0) & (high > 0)) - level / 100) < 0.07
 
 
@@ -116,12 +140,17 @@ def test_values_around_a_step():
                                     ("sac_baseline", 100_000, 97_500), ("sac", 10_000, 10_000)):  # fmt: skip
         assert plot.around(setting, curve, step)[0].tolist() == [expected, 2 * expected]
     curve.values[0][0, steps == 55_000] = 0
-    assert [plot.around(name, curve, 50_000)[0][0] for name in ("crossq", "sac")] == [50_000, 95_000 / 3]
+    assert [plot.around(name, curve, 50_000)[0][0] for name in ("crossq", "sac")] == [
+        50_000,
+        95_000 / 3,
+    ]
 
 
 def test_steps_to_a_return():
     steps = list(range(5000, 45_000, 5000))
-    rising = np.arange(1, 9) * 100.0  # trailing means of four: 100, 150, 200, 250, 350, 450, 550, 650
+    rising = (
+        np.arange(1, 9) * 100.0
+    )  # trailing means of four: 100, 150, 200, 250, 350, 450, 550, 650
     late, never = np.where(np.arange(8) == 7, 4000.0, 0.0), np.zeros(8)  # at the last step 4000 / 4
     curve = plot.Curve(steps, np.array(steps), [np.stack([rising, late, never])])
     assert plot.steps_to(curve, 300).tolist() == [25_000, 40_000, np.inf]
@@ -132,7 +161,10 @@ def test_steps_to_a_return():
 def test_only_steps_of_all_seeds_are_averaged():
     """A seed that has not ended, and one with another grid: never a mean over fewer seeds."""
     grids = [range(5000, 40_001, 5000), range(10_000, 40_001, 10_000), range(5000, 30_001, 5000)]
-    runs = [plot.Run("s", "e", str(i), {"return": dict.fromkeys(g, i)}, {s: s for s in g}) for i, g in enumerate(grids)]
+    runs = [
+        plot.Run("s", "e", str(i), {"return": dict.fromkeys(g, i)}, {s: s for s in g})
+        for i, g in enumerate(grids)
+    ]
     curve = plot.common(runs, "return")
     assert curve.steps == [10_000, 20_000, 30_000] and curve.values[0].shape == (3, 3)
     assert curve.values[0].mean(0).tolist() == [1, 1, 1]
@@ -159,7 +191,10 @@ def test_a_run_shorter_than_the_published_ones_has_them_in_view(tmp_path, drawn)
 
 
 def test_a_published_curve_of_one_point_is_seen(tmp_path, drawn):
-    for env in ("dm_control_cheetah-run-v0", "dm_control_dog-run-v0"):  # up to 100 000 steps SAC has one point
+    for env in (
+        "dm_control_cheetah-run-v0",
+        "dm_control_dog-run-v0",
+    ):  # up to 100 000 steps SAC has one point
         write_evaluations(tmp_path / "crossq" / env / "1.csv", 1, 100_000)
     plot.main(["--results", str(tmp_path)])
     markers = [line.get_marker() for line in drawn["curves.png"].axes[0].lines]
@@ -173,15 +208,28 @@ def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
             for seed in (1, 2, 3):
                 last = 40_000 if (setting, env, seed) == ("sac", "Hopper-v4", 3) else 50_000
                 write_evaluations(tmp_path / setting / env / f"{seed}.csv", seed, last, rate=rate)
-    write_evaluations(tmp_path / "sac" / "Pendulum-v1" / "1.csv", 1, 50_000)  # in no suite, nothing published
+    write_evaluations(
+        tmp_path / "sac" / "Pendulum-v1" / "1.csv", 1, 50_000
+    )  # in no suite, nothing published
     write_probe(tmp_path / "crossq" / "Hopper-v4" / "1.probe.csv")
     (tmp_path / "_ablations" / "tanh").mkdir(parents=True)
     write_probe(tmp_path / "_ablations" / "tanh" / "probe.csv")
     plot.main(["--results", str(tmp_path), "--statistic", "mean"])
     cheetah, hopper, pendulum = drawn["curves.png"].axes
-    assert [axis.get_title() for axis in (cheetah, hopper, pendulum)] == ["HalfCheetah-v4", "Hopper-v4", "Pendulum-v1"]
-    assert [len(axis.lines) for axis in (cheetah, hopper, pendulum)] == [4, 4, 1]  # two ours, two published
-    assert cheetah.lines[0].get_ydata()[:2].tolist() == [1020, 2020]  # rate 200: the mean of seeds 1, 2, 3
+    assert [axis.get_title() for axis in (cheetah, hopper, pendulum)] == [
+        "HalfCheetah-v4",
+        "Hopper-v4",
+        "Pendulum-v1",
+    ]
+    assert [len(axis.lines) for axis in (cheetah, hopper, pendulum)] == [
+        4,
+        4,
+        1,
+    ]  # two ours, two published
+    assert cheetah.lines[0].get_ydata()[:2].tolist() == [
+        1020,
+        2020,
+    ]  # rate 200: the mean of seeds 1, 2, 3
     assert hopper.lines[1].get_xdata()[-1] == 40_000  # where the shortest seed ends
     assert pendulum.lines[0].get_ydata()[-1] == 5010
     labels = labels_of(drawn["curves.png"])
@@ -191,20 +239,35 @@ def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
     assert aggregate.get_title() == "MuJoCo: 2 tasks" and len(aggregate.lines) == 4
     expected = ((10_020 + 289.415) / (10_574 + 289.415) + (10_020 - 18.791) / (3226 - 18.791)) / 2
     assert aggregate.lines[0].get_ydata()[-1] == pytest.approx(expected)
-    panels = {(axis.get_title(), axis.get_ylabel()): axis.lines for axis in drawn["panels.png"].axes}
+    panels = {
+        (axis.get_title(), axis.get_ylabel()): axis.lines for axis in drawn["panels.png"].axes
+    }
     assert {title for title, _ in panels} == {"Hopper-v4", "ablations"} and len(panels) == 8
-    values = [lines[0].get_ydata().tolist() for (title, _), lines in panels.items() if title == "Hopper-v4"]
+    values = [
+        lines[0].get_ydata().tolist()
+        for (title, _), lines in panels.items()
+        if title == "Hopper-v4"
+    ]
     assert values == [[-0.5, 0.125], [0.1, 0.1], [6, 6], [0.5, 0.5]]
 
     out, err = capsys.readouterr()
     rows = table_rows(out, "HalfCheetah-v4 | 20,000 | crossq")
     band = "CrossQ(utd1) 3,069 to 4,338, SAC(utd1) 298 to 820"
-    assert rows == [["HalfCheetah-v4", "20,000", "crossq", "4,020 [4,013, 4,027]", "4,010, 4,020, 4,030", band]]
-    assert table_rows(out, "Pendulum-v1")[-1][1:5] == ["50,000", "sac", "4,760", "4,760"]  # with 45 000
+    assert rows == [
+        ["HalfCheetah-v4", "20,000", "crossq", "4,020 [4,013, 4,027]", "4,010, 4,020, 4,030", band]
+    ]
+    assert table_rows(out, "Pendulum-v1")[-1][1:5] == [
+        "50,000",
+        "sac",
+        "4,760",
+        "4,760",
+    ]  # with 45 000
     assert [row[1] for row in table_rows(out, "Hopper-v4")] == ["20,000", "50,000", "20,000", "40,000"] + [
         "1,000", "2,000", "2,500", "3,000"]  # fmt: skip
     assert "sac, Hopper-v4: seeds end at [40000, 50000], their last common step is [40000]" in err
-    reached = table_rows(out, "HalfCheetah-v4 | 3,000")  # trailing mean 200 (s - 7.5) + 10 seed > 3000 from 25 000 on
+    reached = table_rows(
+        out, "HalfCheetah-v4 | 3,000"
+    )  # trailing mean 200 (s - 7.5) + 10 seed > 3000 from 25 000 on
     assert reached[0][2:5] == ["25,000 (3 of 3)", "40,000 (3 of 3)", "27,000 (10 of 10)"]
     never = table_rows(out, "HalfCheetah-v4 | 8,000")
     assert never[0][2:5] == ["50,000 (3 of 3)", "> 50,000 (0 of 3)", "100,000 (10 of 10)"]
@@ -217,7 +280,12 @@ def test_figures_are_whole_files(tmp_path):
     png = plot.plt.imread(tmp_path / "a" / "b" / "curves.png")  # reads every pixel
     assert png.shape[0] > 300 and png.shape[1] > 300 and png.std() > 0.01
     texts = svg_texts(tmp_path / "a" / "b" / "curves.svg")
-    assert {"Hopper-v4", "sac (2 seeds)", "IQM and 90 % bootstrap interval over the seeds", "20k"} <= set(texts)
+    assert {
+        "Hopper-v4",
+        "sac (2 seeds)",
+        "IQM and 90 % bootstrap interval over the seeds",
+        "20k",
+    } <= set(texts)
 
 
 def test_runs_are_grouped_by_script_and_differing_flags(tmp_path, capsys, drawn):
@@ -225,9 +293,22 @@ def test_runs_are_grouped_by_script_and_differing_flags(tmp_path, capsys, drawn)
         for utd in (1, 5):
             name = f"HalfCheetah-v4__crossq_wn_highutd__{seed}__17000000{utd}"
             write_run(tmp_path / name, "HalfCheetah-v4", seed, utd=utd)
-        write_run(tmp_path / f"HalfCheetah-v4__sac_baseline__{seed}__170", "HalfCheetah-v4", seed, tau=0.005)
-    write_run(tmp_path / "HalfCheetah-v4__sac_baseline__2__171", "HalfCheetah-v4", 2, last=10_000, tau=0.005)  # again
-    write_run(tmp_path / "HalfCheetah-v4__sac_baseline__3__172", "HalfCheetah-v4", 3, last=0, tau=0.005)  # just begun
+        write_run(
+            tmp_path / f"HalfCheetah-v4__sac_baseline__{seed}__170",
+            "HalfCheetah-v4",
+            seed,
+            tau=0.005,
+        )
+    write_run(
+        tmp_path / "HalfCheetah-v4__sac_baseline__2__171",
+        "HalfCheetah-v4",
+        2,
+        last=10_000,
+        tau=0.005,
+    )  # again
+    write_run(
+        tmp_path / "HalfCheetah-v4__sac_baseline__3__172", "HalfCheetah-v4", 3, last=0, tau=0.005
+    )  # just begun
     # other defaults of another suite are no difference of setting
     walker = tmp_path / "dm_control_walker-walk-v0__sac_baseline__1__1"
     write_run(walker, "dm_control/walker-walk-v0", 1, action_repeat=2, gamma=0.95, tau=0.005)
@@ -237,13 +318,25 @@ def test_runs_are_grouped_by_script_and_differing_flags(tmp_path, capsys, drawn)
     assert walker.get_title() == "dm_control_walker-walk-v0" and len(walker.lines) == 1
     assert [line.get_xdata().tolist() for line in cheetah.lines] == [
         [0, 5000, 10_000, 15_000], [0, 25_000, 50_000, 75_000], [0, 5000, 10_000, 15_000]]  # fmt: skip
-    assert walker.lines[0].get_xdata().tolist() == [0, 2500, 5000]  # agent steps: half the environment's
+    assert walker.lines[0].get_xdata().tolist() == [
+        0,
+        2500,
+        5000,
+    ]  # agent steps: half the environment's
     labels = labels_of(drawn["curves.png"])
-    assert labels[:2] == ["crossq_wn_highutd, utd=1 (2 seeds)", "crossq_wn_highutd, utd=5 (2 seeds)"]
+    assert labels[:2] == [
+        "crossq_wn_highutd, utd=1 (2 seeds)",
+        "crossq_wn_highutd, utd=5 (2 seeds)",
+    ]
     assert labels[2:] == ["sac_baseline (1 to 2 seeds)"]
     err = capsys.readouterr().err
     assert "__171" in err and "the longer counts" in err and "__172: no evaluation yet" in err
-    assert set(drawn) == {"curves.png", "curves.svg", "panels.png", "panels.svg"}  # no suite has two environments
+    assert set(drawn) == {
+        "curves.png",
+        "curves.svg",
+        "panels.png",
+        "panels.svg",
+    }  # no suite has two environments
 
 
 def test_success_where_every_run_has_it(tmp_path, drawn):
@@ -264,13 +357,20 @@ def test_hours_leave_pauses_out(tmp_path):
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    for start, evaluations in ((3600, {5000: 7200, 10_000: 10_800}), (360_000, {10_000: 361_800, 15_000: 363_600})):
+    for start, evaluations in (
+        (3600, {5000: 7200, 10_000: 10_800}),
+        (360_000, {10_000: 361_800, 15_000: 363_600}),
+    ):
         with open(tmp_path / f"events.out.tfevents.{start:010d}.host", "wb") as file:
             writer = record_writer.RecordWriter(file)
             writer.write(Event(wall_time=start, file_version="brain.Event:2").SerializeToString())
             for step, time in evaluations.items():
                 value = Summary.Value(tag="eval/return", simple_value=0.0)
-                writer.write(Event(wall_time=time, step=step, summary=Summary(value=[value])).SerializeToString())
+                writer.write(
+                    Event(
+                        wall_time=time, step=step, summary=Summary(value=[value])
+                    ).SerializeToString()
+                )
     assert plot.hours(tmp_path) == {5000: 1, 10_000: 2.5, 15_000: 3}
 
 
@@ -278,12 +378,17 @@ def test_script_comes_from_the_name_or_the_checkpoint(tmp_path):
     torch = pytest.importorskip("torch")
     for name, script in (
         ("dm_control_walker-walk-v0__crossq_sac__12__1795249306", ["crossq_sac"]),
-        ("dm_control_dog-run-v0__crossq_wn_highutd+utd=2+tau=1__1", ["crossq_wn_highutd", "utd=2", "tau=1"]),
+        (
+            "dm_control_dog-run-v0__crossq_wn_highutd+utd=2+tau=1__1",
+            ["crossq_wn_highutd", "utd=2", "tau=1"],
+        ),
         ("Hopper-v4__ablate_crossq_sac+critic-norm=ln__10", ["crossq_sac", "critic-norm=ln"]),
     ):
         assert plot.script_of(tmp_path / name) == script
     (tmp_path / "mine").mkdir()
-    torch.save({"script": "crossq_td3.py", "rows": torch.zeros(10)}, tmp_path / "mine/checkpoint.pt")
+    torch.save(
+        {"script": "crossq_td3.py", "rows": torch.zeros(10)}, tmp_path / "mine/checkpoint.pt"
+    )
     assert plot.script_of(tmp_path / "mine") == ["crossq_td3"]
 
 
@@ -294,7 +399,10 @@ def test_runs_of_run_sh_keep_their_flags_apart(tmp_path, drawn):
         name = f"Hopper-v4__ablate_crossq_sac+critic-norm=ln+critic-width=256__{seed}"
         write_run(tmp_path / name, "Hopper-v4", seed, critic_norm="ln", actor_norm="brn")
     plot.main(["--runs", str(tmp_path)])
-    assert labels_of(drawn["curves.png"])[:2] == ["crossq_sac (2 seeds)", "crossq_sac, critic-norm=ln (2 seeds)"]
+    assert labels_of(drawn["curves.png"])[:2] == [
+        "crossq_sac (2 seeds)",
+        "crossq_sac, critic-norm=ln (2 seeds)",
+    ]
 
 
 def test_what_is_not_there_is_said(tmp_path, capsys):
@@ -317,5 +425,11 @@ def test_the_shipped_results_can_be_drawn(tmp_path, drawn):
     """What the README shows: every setting beside CrossQ, 2048 wide, and SAC, as published."""
     plot.main(["--out", str(tmp_path)])
     labels = labels_of(drawn["curves.png"])
-    for start in ("crossq_sac-w256 (", "crossq_td3-w256 (", "sac_baseline (", "published: CrossQ", "published: SAC"):
+    for start in (
+        "crossq_sac-w256 (",
+        "crossq_td3-w256 (",
+        "sac_baseline (",
+        "published: CrossQ",
+        "published: SAC",
+    ):
         assert any(label.startswith(start) for label in labels), start

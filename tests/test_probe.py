@@ -42,6 +42,9 @@ class ConstantQ:
     def parameters(self):
         return iter([self.log_alpha])
 
+    def q(self, critic, obs, action):
+        return critic(torch.cat([obs, action], -1)).squeeze(-1)
+
     def policy(self, obs, noise):
         return noise.clamp(-1, 1), torch.zeros(1)
 
@@ -49,7 +52,9 @@ class ConstantQ:
         return torch.tensor([[self.value], [self.value + 1]])  # the smaller of two critics counts
 
 
-@pytest.mark.parametrize(("env_id", "kept"), [("tiny_envs:Terminated-v0", 10), ("tiny_envs:Truncated-v0", 4)])
+@pytest.mark.parametrize(
+    ("env_id", "kept"), [("tiny_envs:Terminated-v0", 10), ("tiny_envs:Truncated-v0", 4)]
+)
 def test_q_bias_against_known_returns(env_id, kept):
     """Bias and spread are those of (Q - G) / |mean G|, over whole episodes or, under a time limit, their first 35 %."""
     g = np.array([(1 - 0.9 ** (10 - t)) / 0.1 for t in range(kept)])
@@ -60,26 +65,25 @@ def test_q_bias_against_known_returns(env_id, kept):
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_probe_does_not_change_the_run(tmp_path, monkeypatch, short_warmup, compile):
+def test_probe_does_not_change_the_run(tmp_path, monkeypatch, compile):
     """The probed run's evaluations are the plain run's; probe.csv holds bias, norms and, after the warm-up, r and d."""
     monkeypatch.chdir(tmp_path)
-    arguments = (
-        "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --total-timesteps 60"
-    )
-    arguments += f" --learning-starts 20 --eval-every 30 --eval-episodes 1 --compile {compile} --device cpu"
+    arguments = "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --total-timesteps 60"
+    arguments += f" --learning-starts 20 --eval-every 30 --eval-episodes 1 --compile {compile} --device cpu --brn-warmup 5"
     arguments = arguments.split()
-    load = probe.load
-    monkeypatch.setattr(probe, "load", lambda path: short_warmup(script := load(path), 5) or script)
-    short_warmup(crossq_sac, 5)
     assert crossq_sac.main([*arguments, "--run-name", "plain"]) == 0
     assert probe.main([str(ROOT / "crossq_sac.py"), *arguments, "--run-name", "probed"]) == 0
-    plain, probed = (Path("runs", name, "evaluations.csv").read_text() for name in ("plain", "probed"))
+    plain, probed = (
+        Path("runs", name, "evaluations.csv").read_text() for name in ("plain", "probed")
+    )
     assert plain == probed
     rows = {(int(s), k): float(v) for s, k, v in csv.reader(open("runs/probed/probe.csv"))}
     assert rows[60, "critic/0/effective_lr"] == pytest.approx(
         rows[60, "critic/0/grad_norm"] / rows[60, "critic/0/weight_norm"]
     )
-    assert 1 / 3 <= rows[60, "critic/1/r_min"] < rows[60, "critic/1/r_max"] <= 3  # 1 and 1 in the warm-up
+    assert (
+        1 / 3 <= rows[60, "critic/1/r_min"] < rows[60, "critic/1/r_max"] <= 3
+    )  # 1 and 1 in the warm-up
     assert rows[60, "critic/1/d_abs_max"] > 0
     assert (30, "q_bias/mean") in rows and (60, "q_bias/std") in rows
 
@@ -88,7 +92,9 @@ def test_probe_does_not_change_the_run(tmp_path, monkeypatch, short_warmup, comp
 def test_probe_takes_every_script(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     flags = "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16 --total-timesteps 30"
-    arguments = f"{flags} --learning-starts 20 --eval-every 30 --eval-episodes 1 --device cpu".split()
+    arguments = (
+        f"{flags} --learning-starts 20 --eval-every 30 --eval-episodes 1 --device cpu".split()
+    )
     assert probe.main([f"{script}.py", *arguments]) == 0  # named as the script would
     assert probe.main([f"{script}.py", *arguments, "--run-name=a/b"]) == 0
     assert {re.sub(r"\d{10}", "TIME", path.name) for path in Path("runs").iterdir()} == {

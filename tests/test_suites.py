@@ -13,7 +13,10 @@ from test_run import SCRIPTS, assert_identical, evaluations, every_script, load,
 
 TINY = """--critic-width 16 --actor-width 16 --batch-size 16 --learning-starts 40 --device cpu --compile off
     --eval-episodes 1 --utd 1""".split()
-CROSSQ_SCRIPTS, CROSSQ = ("crossq_sac.py", "crossq_td3.py"), {"critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1}
+CROSSQ_SCRIPTS, CROSSQ = (
+    ("crossq_sac.py", "crossq_td3.py"),
+    {"critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1},
+)
 WALKER, HAND = "dm_control/walker-walk-v0", "myoHandReachFixed-v0"
 SUITES = {WALKER: {"action_repeat": 2}, HAND: {"action_repeat": 2, "gamma": 0.95}}
 DMC = pytest.param("dm_control/cartpole-swingup-v0", marks=pytest.mark.skipif(
@@ -26,10 +29,14 @@ MYO = pytest.param("myoFingerReachFixed-v0", marks=pytest.mark.skipif(
 @pytest.mark.parametrize("env_id", SUITES)
 def test_defaults_of_a_suite(main, env_id):  # noqa: F811
     """They change these arguments and no others, and give way to the command line."""
-    wanted = SUITES[env_id] | (CROSSQ if "dm_" in env_id and main.module.SCRIPT.name in CROSSQ_SCRIPTS else {})
+    wanted = SUITES[env_id] | (
+        CROSSQ if "dm_" in env_id and main.module.SCRIPT.name in CROSSQ_SCRIPTS else {}
+    )
     plain, _ = main.module.parse_args([])
     args, _ = main.module.parse_args(["--env-id", env_id])
-    assert {k: v for k, v in vars(args).items() if v != getattr(plain, k) and k != "env_id"} == wanted
+    assert {
+        k: v for k, v in vars(args).items() if v != getattr(plain, k) and k != "env_id"
+    } == wanted
     flags = ["--action-repeat", "1", "--gamma", "0.9", "--policy-delay", "5", "--critic-lr", "0.1"]
     args, _ = main.module.parse_args([*flags, "--env-id", env_id])
     assert (args.action_repeat, args.gamma, args.policy_delay, args.critic_lr) == (1, 0.9, 5, 0.1)
@@ -48,7 +55,10 @@ def test_a_run(main, capsys, env_id):  # noqa: F811
     assert load("runs/whole")["loop"][0] == 100 and len(load("runs/whole")["rows"]) == 100
     rows = evaluations("runs/whole")
     assert [int(row["step"]) for row in rows] == [100, 200]
-    assert all(row["success"] in ("0", "1") if env_id.startswith("myo") else row["success"] == "" for row in rows)
+    assert all(
+        row["success"] in ("0", "1") if env_id.startswith("myo") else row["success"] == ""
+        for row in rows
+    )
     assert all(int(row["length"]) == 1000 for row in rows) or env_id.startswith("myo")
     assert main(*TINY, *steps, "--total-timesteps", 142, "--run-name", "part") == 0
     assert main("--resume", "runs/part", "--total-timesteps", 200) == 0
@@ -78,13 +88,29 @@ def test_dictionary_observations_are_flattened_in_the_order_of_the_space(env_id,
     obs, _ = ours.reset(seed=5)
     parts, _ = theirs.reset(seed=5)
     assert list(parts) == list(theirs.observation_space.spaces)
-    assert np.allclose(obs, np.concatenate([np.ravel(part) for part in parts.values()])) and len(obs) == 5
+    assert (
+        np.allclose(obs, np.concatenate([np.ravel(part) for part in parts.values()]))
+        and len(obs) == 5
+    )
 
 
 @pytest.mark.parametrize("env_id", [MYO])
 def test_success_is_solved_at_any_step(main, env_id, monkeypatch):  # noqa: F811
     """The simulator's own info["solved"], once true, makes the episode a success."""
-    assert main(*TINY, "--env-id", env_id, "--total-timesteps", 10, "--eval-every", 10, "--run-name", "a") == 0
+    assert (
+        main(
+            *TINY,
+            "--env-id",
+            env_id,
+            "--total-timesteps",
+            10,
+            "--eval-every",
+            10,
+            "--run-name",
+            "a",
+        )
+        == 0
+    )
     assert "success" in next(csv.reader(open("runs/a/evaluations.csv")))
     env = main.module.make_env(main.module.Args(env_id=env_id))
     _, _ = env.reset(seed=0)

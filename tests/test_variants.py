@@ -17,17 +17,30 @@ SCRIPTS = pytest.mark.parametrize("script", [sac_baseline, crossq_td3], ids=["sa
 def make_batch(seed=0):
     g = torch.Generator().manual_seed(seed)
     obs, next_obs = torch.randn(2, BATCH, OBS, generator=g).double()
-    next_obs = 2 * next_obs + 0.5  # distributed unlike obs: batch statistics of one half are not those of both
+    next_obs = (
+        2 * next_obs + 0.5
+    )  # distributed unlike obs: batch statistics of one half are not those of both
     action = torch.rand(BATCH, ACTIONS, generator=g).double() * 2 - 1
-    reward, done = torch.randn(BATCH, generator=g).double(), (torch.rand(BATCH, generator=g) < 0.25).double()
+    reward, done = (
+        torch.randn(BATCH, generator=g).double(),
+        (torch.rand(BATCH, generator=g) < 0.25).double(),
+    )
     return [obs, action, reward, done, next_obs]
 
 
 def make_agent(script, updates=0, **changes):
     """A small agent in float64, after some updates: nothing is at its initial value, nor the same as anything else."""
     torch.manual_seed(0)
-    small = {"critic_width": 16, "actor_width": 16, "batch_size": BATCH, "gamma": GAMMA, "compile": "off"}
-    agent = script.Agent(OBS, ACTIONS, script.Args(**small | {"critic_lr": 0.01, "actor_lr": 0.01} | changes)).double()
+    small = {
+        "critic_width": 16,
+        "actor_width": 16,
+        "batch_size": BATCH,
+        "gamma": GAMMA,
+        "compile": "off",
+    }
+    agent = script.Agent(
+        OBS, ACTIONS, script.Args(**small | {"critic_lr": 0.01, "actor_lr": 0.01} | changes)
+    ).double()
     for i in range(updates):
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
     return agent
@@ -64,16 +77,24 @@ def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def assert_gradients(agent, optimizer, loss, arguments, expected_loss, names):
-    """descend() leaves the gradient of expected_loss in the optimizer's parameters, which are `names` and no others."""
+def assert_gradients(agent, optimizer, loss, inputs, expected_loss, names):
+    """descend() leaves the gradient of expected_loss in the named optimiser's parameters, which are
+    those of `names` and no others."""
+    optimizer_name, optimizer = optimizer, agent.optimizers[optimizer]
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
     named = {name: p for name, p in agent.named_parameters() if id(p) in ours}
     assert {name.split(".")[0] for name in named} == names and len(ours) == len(named)
     assert ours == {id(p) for name, p in agent.named_parameters() if name.split(".")[0] in names}
     gradients = torch.autograd.grad(expected_loss, list(named.values()))
-    agent.descend(optimizer, loss, *arguments)
+    agent.descend(optimizer_name, loss, *inputs)
     for (name, p), expected in zip(named.items(), gradients):
-        assert expected.abs().max() > 1e-6 and torch.allclose(p.grad, expected, rtol=1e-7, atol=1e-9), name
+        assert expected.abs().max() > 1e-6 and torch.allclose(
+            p.grad, expected, rtol=1e-7, atol=1e-9
+        ), name
+
+
+def copy_of_rng(rng):
+    return torch.Generator().set_state(rng.get_state())
 
 
 def both_are_lowest_somewhere(q):
@@ -96,9 +117,10 @@ def run_loop(tmp_path, monkeypatch):
                 super().__init__(*args)
                 made["agent"], made["initial"] = self, copy_of(self)
 
-            def act(self, obs, noise):
-                made["acted"].append(noise.clone())
-                return super().act(obs, noise)
+            def act(self, obs, rng=None):
+                if rng is not None:
+                    made["acted"].append(torch.randn(self.action_dim, generator=copy_of_rng(rng)))
+                return super().act(obs, rng)
 
             def update(self, *args):
                 return super().update(*args) if updates else {"none": torch.zeros(())}
@@ -110,11 +132,9 @@ def run_loop(tmp_path, monkeypatch):
 
         small = "--critic-width 16 --actor-width 16 --batch-size 32 --compile off --device cpu --eval-every 1000000"
         with monkeypatch.context() as patch:
-            patch.setattr(script, "Agent", Agent)
-            patch.setattr(script, "ReplayBuffer", ReplayBuffer)
-            patch.setattr(script.signal, "signal", lambda *_: None)
             patch.chdir(tmp_path)
-            assert script.main([*small.split(), *flags.split()]) == 0
+            arguments = [*small.split(), *flags.split()]
+            assert script.main(arguments, Agent=Agent, ReplayBuffer=ReplayBuffer) == 0
         return made
 
     return run
@@ -125,19 +145,39 @@ def run_loop(tmp_path, monkeypatch):
 
 def test_settings():
     """Table 1 of the CrossQ paper, and TD3's noise."""
-    shared = {"n_critics": 2, "actor_width": 256, "utd": 1, "batch_size": 256, "buffer_size": 1_000_000, "gamma": 0.99}
+    shared = {
+        "n_critics": 2,
+        "actor_width": 256,
+        "utd": 1,
+        "batch_size": 256,
+        "buffer_size": 1_000_000,
+        "gamma": 0.99,
+    }
     shared |= {"learning_starts": 5000, "critic_lr": 1e-3, "actor_lr": 1e-3}
-    sac = {"critic_width": 256, "adam_beta1": 0.9, "tau": 0.005, "policy_delay": 1, "alpha": 1.0, "alpha_lr": 1e-3}
+    sac = {
+        "critic_width": 256,
+        "adam_beta1": 0.9,
+        "tau": 0.005,
+        "policy_delay": 1,
+        "alpha": 1.0,
+        "alpha_lr": 1e-3,
+    }
     td3 = {"critic_width": 2048, "adam_beta1": 0.5, "policy_delay": 3}
     td3 |= {"exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5}
     for script, settings, beta in ((sac_baseline, sac, 0.9), (crossq_td3, td3, 0.5)):
         args = vars(script.Args())
         assert {name: args[name] for name in shared | settings} == shared | settings
         agent = make_agent(script, critic_lr=1e-3, actor_lr=1e-3)
-        groups = [group for optimizer in (agent.critic_opt, agent.actor_opt) for group in optimizer.param_groups]
-        rates = [(group["lr"], group["betas"], group["eps"], group["weight_decay"]) for group in groups]
+        groups = [
+            group for optimizer in agent.optimizers.values() for group in optimizer.param_groups
+        ]
+        rates = [
+            (group["lr"], group["betas"], group["eps"], group["weight_decay"]) for group in groups
+        ]
         assert rates[:2] == 2 * [(1e-3, (beta, 0.999), 1e-8, 0)]
-        assert rates[2:] == [(1e-3, (0.9, 0.999), 1e-8, 0)] * (script is sac_baseline)  # the temperature
+        assert rates[2:] == [(1e-3, (0.9, 0.999), 1e-8, 0)] * (
+            script is sac_baseline
+        )  # the temperature
 
 
 @SCRIPTS
@@ -146,16 +186,16 @@ def test_both_updates_take_the_batch_and_noise_of_their_own(script):
     agent, calls = make_agent(script, policy_delay=1), {"critic_loss": [], "actor_loss": []}
     for name in calls:
         loss = getattr(agent, name)
-        setattr(agent, name, lambda *batch, name=name, loss=loss: calls[name].append(batch) or loss(*batch))
+        setattr(agent, name, lambda *x, name=name, loss=loss: calls[name].append(x) or loss(*x))
     rng, batch = torch.Generator().manual_seed(0), [torch.cat([x] * 32) for x in make_batch()]
     for _ in range(2):
         agent.update(batch, rng)
     critic, actor = calls.values()
-    assert len(critic) == len(actor) == 2 and all(obs is batch[0] for obs, *_ in actor)
-    assert all(len(call) == 6 and all(a is b for a, b in zip(call, batch)) for call in critic)
-    drawn = torch.cat([call[-1] for call in (critic + actor if script is sac_baseline else critic)], -1)
+    assert len(critic) == len(actor) == 2 and all(x is batch for x, *_ in critic + actor)
+    with_noise = critic + actor if script is sac_baseline else critic
+    drawn = torch.cat([draws["noise"] for _, draws in with_noise], -1)
     assert drawn.shape == (32 * BATCH, ACTIONS * (4 if script is sac_baseline else 2))
-    assert torch.allclose(drawn.T.cov(), torch.eye(drawn.shape[1]).double(), atol=0.15)
+    assert torch.allclose(drawn.T.cov(), torch.eye(drawn.shape[1]), atol=0.15)
     assert drawn.mean(0).abs().max() < 0.1 and drawn[:, 0].unique().numel() > 2000
 
 
@@ -188,10 +228,14 @@ def test_sac_critic_gradient_is_that_of_the_target_network():
         next_q = forward(agent.target_critic, next_pair)[..., 0]
         online = forward(agent.critic, next_pair)[..., 0]
         assert both_are_lowest_somewhere(next_q) and (next_q - online).abs().mean() > 0.01
-        target = reward + GAMMA * (1 - done) * (torch.minimum(next_q[0], next_q[1]) - 0.3 * log_prob)
+        target = reward + GAMMA * (1 - done) * (
+            torch.minimum(next_q[0], next_q[1]) - 0.3 * log_prob
+        )
     q = forward(agent.critic, torch.cat([obs, action], -1))[..., 0]
     loss = ((q[0] - target) ** 2).mean() / 2 + ((q[1] - target) ** 2).mean() / 2
-    assert_gradients(agent, agent.critic_opt, agent.critic_loss, (*batch, noise()), loss, {"critic"})
+    assert_gradients(
+        agent, "critic", agent.critic_loss, (batch, {"noise": noise()}), loss, {"critic"}
+    )
 
 
 def test_sac_actor_gradient_is_that_of_the_critic():
@@ -203,10 +247,15 @@ def test_sac_actor_gradient_is_that_of_the_critic():
     q = forward(agent.critic, torch.cat([obs, action], -1))[..., 0]
     assert both_are_lowest_somewhere(q)
     loss = (0.3 * log_prob - torch.minimum(q[0], q[1])).mean()
-    loss = loss + agent.log_alpha.exp() * (-log_prob.detach().mean() + ACTIONS)
     critics = copy_of(agent.critic), copy_of(agent.target_critic)
-    assert_gradients(agent, agent.actor_opt, agent.actor_loss, (obs, noise()), loss, {"actor", "log_alpha"})
-    assert same(critics[0], copy_of(agent.critic)) and same(critics[1], copy_of(agent.target_critic))
+    inputs = [obs], {"noise": noise()}
+    assert_gradients(agent, "actor", agent.actor_loss, inputs, loss, {"actor"})
+    assert same(critics[0], copy_of(agent.critic)) and same(
+        critics[1], copy_of(agent.target_critic)
+    )
+    entropy = -log_prob.detach().mean()
+    loss = agent.log_alpha.exp() * (entropy + ACTIONS)
+    assert_gradients(agent, "alpha", agent.alpha_loss, [entropy], loss, {"log_alpha"})
 
 
 def test_log_std_is_clipped_and_extreme_actions_have_finite_log_probs():
@@ -231,7 +280,10 @@ def test_target_network_follows_every_critic_update_by_tau(tau):
     """From a start equal to the critic; with tau 1 it is a copy, bit for bit."""
     agent = make_agent(sac_baseline, tau=tau)
     start, critics = copy_of(agent.critic), []
-    assert same(start, copy_of(agent.target_critic)) and start.keys() == copy_of(agent.target_critic).keys()
+    assert (
+        same(start, copy_of(agent.target_critic))
+        and start.keys() == copy_of(agent.target_critic).keys()
+    )
     for i in range(7):
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
         critics.append(copy_of(agent.critic))
@@ -246,9 +298,9 @@ def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeyp
     """Averaged after each of the five updates, not once per step; and it is in the checkpoint, and in a resumed run."""
     critics, descend = [], sac_baseline.Agent.descend
 
-    def spy(self, optimizer, *rest):
-        info = descend(self, optimizer, *rest)
-        if optimizer is self.critic_opt:
+    def spy(self, name, *rest):
+        info = descend(self, name, *rest)
+        if name == "critic":
             critics.append(copy_of(self.critic))
         return info
 
@@ -263,7 +315,10 @@ def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeyp
         assert torch.equal(made["initial"][f"target_critic.{name}"], start[name])
         assert (tensor - start[name]).abs().max() > 5e-3
     saved = torch.load(tmp_path / "runs/a/checkpoint.pt", weights_only=True)["agent"]
-    target = {f"target_critic.{name}": tensor for name, tensor in made["agent"].target_critic.state_dict().items()}
+    target = {
+        f"target_critic.{name}": tensor
+        for name, tensor in made["agent"].target_critic.state_dict().items()
+    }
     assert target.keys() < saved.keys() and same(target, saved)
     resumed = run_loop(sac_baseline, "--resume runs/a", updates=False)["agent"]
     assert resumed is not made["agent"] and same(copy_of(made["agent"]), copy_of(resumed))
@@ -276,8 +331,12 @@ def test_target_network_is_not_trained():
     targets = list(agent.target_critic.parameters())
     assert all(p.grad is None and not p.requires_grad for p in targets)
     assert not {p.data_ptr() for p in targets} & {p.data_ptr() for p in agent.critic.parameters()}
-    owned = {id(p) for p in agent.critic.parameters()}, {id(p) for p in [*agent.actor.parameters(), agent.log_alpha]}
-    for optimizer, parameters in zip((agent.critic_opt, agent.actor_opt), owned):
+    owned = (
+        {id(p) for p in agent.critic.parameters()},
+        {id(p) for p in agent.actor.parameters()},
+        {id(agent.log_alpha)},
+    )
+    for optimizer, parameters in zip(agent.optimizers.values(), owned):
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == parameters
         assert {id(p) for p in optimizer.state} == parameters
 
@@ -286,7 +345,11 @@ def test_sac_has_no_normalisation():
     """Weights and biases only; no buffers; a row's Q-value depends on no other row and on no mode."""
     agent, (obs, action, *_) = make_agent(sac_baseline, updates=2), make_batch()
     assert not hasattr(sac_baseline, "BatchRenorm") and not list(agent.buffers())
-    for net, n_in in ((agent.critic, OBS + ACTIONS), (agent.target_critic, OBS + ACTIONS), (agent.actor, OBS)):
+    for net, n_in in (
+        (agent.critic, OBS + ACTIONS),
+        (agent.target_critic, OBS + ACTIONS),
+        (agent.actor, OBS),
+    ):
         names = {f"{kind}.{k}" for kind in ("weights", "biases") for k in range(3)}
         assert {name for name, _ in net.named_parameters()} == names
         x = torch.cat([obs, action], -1)[:, :n_in]
@@ -295,7 +358,9 @@ def test_sac_has_no_normalisation():
         assert torch.allclose(whole[..., :1, :], net(x[:1]))
 
 
-@pytest.mark.parametrize(("script", "delay"), [(sac_baseline, None), (sac_baseline, 2), (crossq_td3, None)])
+@pytest.mark.parametrize(
+    ("script", "delay"), [(sac_baseline, None), (sac_baseline, 2), (crossq_td3, None)]
+)
 def test_policy_delay(script, delay):
     """The actor, and the temperature, move with every `delay`-th critic update; SAC's default is 1, TD3's 3."""
     agent = make_agent(script, **{"policy_delay": delay} if delay else {})
@@ -303,7 +368,11 @@ def test_policy_delay(script, delay):
     for i in range(1, 7):
         before = copy_of(agent)
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
-        moved = {name for name, tensor in agent.state_dict().items() if not torch.equal(tensor, before[name])}
+        moved = {
+            name
+            for name, tensor in agent.state_dict().items()
+            if not torch.equal(tensor, before[name])
+        }
         assert {name for name in moved if name.startswith("critic.")}
         actor = {name for name in before if name.startswith(("actor.", "log_alpha"))}
         assert moved & actor == (actor if i % delay == 0 else set())
@@ -317,9 +386,11 @@ def test_td3_actor_is_deterministic_and_bounded():
     agent = make_agent(crossq_td3, updates=9)
     for scale in (1, 100):
         obs = np.random.default_rng(0).normal(size=OBS) * scale
-        expected = torch.tanh(forward(agent.actor, torch.from_numpy(obs)[None], "running"))[0].detach()
+        expected = torch.tanh(forward(agent.actor, torch.from_numpy(obs)[None], "running"))[
+            0
+        ].detach()
         for _ in range(2):
-            action = agent.act(obs, torch.zeros(ACTIONS).double())
+            action = agent.act(obs)
             assert action.shape == (ACTIONS,) and np.allclose(action, expected, atol=1e-12)
             assert np.abs(action).max() <= 1
             agent.actor.train()  # the mode an actor update leaves
@@ -328,10 +399,14 @@ def test_td3_actor_is_deterministic_and_bounded():
 
 def test_td3_exploration_noise_is_clipped():
     agent, obs = make_agent(crossq_td3, updates=9), np.ones(OBS)
-    action = agent.act(obs, torch.zeros(ACTIONS).double())
-    for n in ([0.5, -1.0], [100.0, -100.0], [-100.0, 100.0]):
-        expected = np.clip(action + 0.1 * np.array(n), -1, 1)
-        assert np.allclose(agent.act(obs, torch.tensor(n).double()), expected, atol=1e-12)
+    action = agent.act(obs)
+    for seed in range(5):
+        for std in (0.1, 100.0):
+            agent.args.exploration_noise = std
+            noise = torch.randn(ACTIONS, generator=torch.Generator().manual_seed(seed)).numpy()
+            expected = np.clip(action + std * noise, -1, 1)
+            assert np.allclose(agent.act(obs, torch.Generator().manual_seed(seed)), expected)
+            assert std < 1 or set(np.abs(expected)) == {1.0}
 
 
 def test_td3_exploration_in_the_loop(run_loop):
@@ -339,15 +414,22 @@ def test_td3_exploration_in_the_loop(run_loop):
     flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 3400 --learning-starts 400 --buffer-size 4000"
     made = run_loop(crossq_td3, flags, updates=False)
     obs, action, *_ = made["buffer"].rows[:3400].split(made["buffer"].widths, -1)
-    rng = torch.Generator().manual_seed(1)  # the run's own generator: the actions are its first numbers
-    assert torch.equal(action[:400], torch.stack([torch.rand(2, generator=rng) * 2 - 1 for _ in range(400)]))
+    rng = torch.Generator().manual_seed(
+        1
+    )  # the run's own generator: the actions are its first numbers
+    assert torch.equal(
+        action[:400], torch.stack([torch.rand(2, generator=rng) * 2 - 1 for _ in range(400)])
+    )
     assert len(made["acted"]) == 3000 and made["acted"][0].shape == (2,)
     with torch.no_grad():
         deterministic = torch.tanh(forward(made["agent"].actor, obs[400:], "running"))
     added = action[400:] - deterministic
     assert action.abs().max() <= 1 and deterministic.abs().max() < 0.6  # so that none is clipped
     assert torch.allclose(added, 0.1 * torch.stack(made["acted"]), atol=1e-6)
-    assert torch.allclose(added.std(0), torch.tensor(0.1), rtol=0.06) and added.mean(0).abs().max() < 0.01
+    assert (
+        torch.allclose(added.std(0), torch.tensor(0.1), rtol=0.06)
+        and added.mean(0).abs().max() < 0.01
+    )
     both = torch.cat([added[:-1], added[1:]], -1)  # this step's and the next one's
     assert (both.T.corrcoef() - torch.eye(4)).abs().max() < 0.08
 
@@ -371,7 +453,9 @@ def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
     loss = ((q[0] - target) ** 2).mean() / 2 + ((q[1] - target) ** 2).mean() / 2
     before = copy_of(agent)
     agent.actor.train(), agent.critic.eval()  # the modes an actor update leaves
-    assert_gradients(agent, agent.critic_opt, agent.critic_loss, (*batch, noise(2.0)), loss, {"critic"})
+    assert_gradients(
+        agent, "critic", agent.critic_loss, (batch, {"noise": noise(2.0)}), loss, {"critic"}
+    )
     # The statistics are those of both halves, in all three layers; the actor and its statistics stay.
     for k, x in enumerate(seen):
         layer, old = (
@@ -379,10 +463,15 @@ def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
             {name: before[f"critic.norms.{k}.running_{name}"] for name in ("mean", "var")},
         )
         assert x.shape[-2] == 2 * BATCH and layer.steps == 10
-        assert torch.allclose(layer.running_mean, 0.99 * old["mean"] + 0.01 * x.mean(-2, keepdim=True))
+        assert torch.allclose(
+            layer.running_mean, 0.99 * old["mean"] + 0.01 * x.mean(-2, keepdim=True)
+        )
         variance = x.var(-2, correction=0, keepdim=True)
         assert torch.allclose(layer.running_var, 0.99 * old["var"] + 0.01 * variance)
-    assert all(torch.equal(tensor, before[f"actor.{name}"]) for name, tensor in agent.actor.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[f"actor.{name}"])
+        for name, tensor in agent.actor.state_dict().items()
+    )
 
 
 def test_td3_actor_gradient_is_that_of_the_minimum_of_eval_mode_critics():
@@ -394,13 +483,17 @@ def test_td3_actor_gradient_is_that_of_the_minimum_of_eval_mode_critics():
     assert both_are_lowest_somewhere(q)
     before = copy_of(agent)
     agent.critic.train(), agent.actor.eval()  # the modes a critic update leaves
-    assert_gradients(agent, agent.actor_opt, agent.actor_loss, (obs,), -torch.minimum(q[0], q[1]).mean(), {"actor"})
+    loss = -torch.minimum(q[0], q[1]).mean()
+    assert_gradients(agent, "actor", agent.actor_loss, [[obs]], loss, {"actor"})
     for k, x in enumerate(seen):
         layer = agent.actor.norms[k]
         assert layer.steps == 4  # after updates 3, 6, 9 and this one
         old = before[f"actor.norms.{k}.running_mean"]
         assert torch.allclose(layer.running_mean, 0.99 * old + 0.01 * x.mean(-2, keepdim=True))
-    assert all(torch.equal(tensor, before[f"critic.{name}"]) for name, tensor in agent.critic.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[f"critic.{name}"])
+        for name, tensor in agent.critic.state_dict().items()
+    )
 
 
 def test_td3_statistics_move_in_their_own_updates_only():
@@ -408,7 +501,7 @@ def test_td3_statistics_move_in_their_own_updates_only():
     for i in range(1, 7):
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
         before = copy_of(agent)
-        agent.act(np.ones(OBS), noise()[0])
+        agent.act(np.ones(OBS), torch.Generator())
         assert same(before, copy_of(agent))
         assert [layer.steps.item() for layer in agent.critic.norms] == [i] * 3
         assert [layer.steps.item() for layer in agent.actor.norms] == [i // 3] * 3
@@ -420,5 +513,9 @@ def test_td3_has_neither_target_networks_nor_a_temperature():
     assert {name.split(".")[0] for name in agent.state_dict()} == {"critic", "actor"}
     assert {name for name, _ in agent.named_children()} == {"critic", "actor"}
     assert not {"tau", "alpha", "alpha_lr"} & set(vars(agent.args))
-    hidden = [v for k, v in vars(agent).items() if isinstance(v, torch.nn.Module | list | tuple | torch.Tensor)]
+    hidden = [
+        v
+        for k, v in vars(agent).items()
+        if isinstance(v, torch.nn.Module | list | tuple | torch.Tensor)
+    ]
     assert not hidden

@@ -14,8 +14,21 @@ class Constant(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(-0.4, 0.4, (2,), np.float32)
 
-    def __init__(self, length=10, terminates=False, nan_at=None, nan_reward_at=None, image=False, discrete=False):
-        self.length, self.terminates, self.nan_at, self.nan_reward_at = length, terminates, nan_at, nan_reward_at
+    def __init__(
+        self,
+        length=10,
+        terminates=False,
+        nan_at=None,
+        nan_reward_at=None,
+        image=False,
+        discrete=False,
+    ):
+        self.length, self.terminates, self.nan_at, self.nan_reward_at = (
+            length,
+            terminates,
+            nan_at,
+            nan_reward_at,
+        )
         self.t, self.mark, self.total_steps, self.last_action = 0, 0.0, 0, np.zeros(2)
         if image:
             self.observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
@@ -31,7 +44,11 @@ class Constant(gym.Env):
         return self._obs(), {}
 
     def step(self, action):
-        self.t, self.total_steps, self.last_action = self.t + 1, self.total_steps + 1, np.asarray(action)
+        self.t, self.total_steps, self.last_action = (
+            self.t + 1,
+            self.total_steps + 1,
+            np.asarray(action),
+        )
         over = self.t >= self.length
         obs, reward = self._obs(), 1.0
         if self.total_steps == self.nan_at:
