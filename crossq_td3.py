@@ -48,7 +48,7 @@ LONGEST_EPISODE = 100_000  # environment steps; where nothing else ends an episo
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Walker2d-v4"  # Gymnasium id; your own: my_module:MyEnv-v0
+    env_id: str = "Walker2d-v4"  # Gymnasium id, or your own: my_module:MyEnv-v0
     seed: int = 1  # of networks, exploration and environment
     total_timesteps: int = 1_000_000  # environment steps
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
@@ -59,7 +59,7 @@ class Args:
     actor_lr: float = 1e-3  # Adam (table 1)
     adam_beta1: float = 0.5  # of critic and actor (table 1; Adam's default: 0.9)
     policy_delay: int = 3  # critic updates per actor update (table 1)
-    brn_warmup: int = 100_000  # training forwards of plain batch norm first (table 1)
+    brn_warmup: int = 100_000  # training forwards of a layer before it renormalises (table 1)
     utd: int = 1  # critic updates per agent step (update-to-data ratio)
     batch_size: int = 256  # transitions
     buffer_size: int = 1_000_000  # transitions
@@ -94,7 +94,8 @@ class Args:
     @staticmethod
     def suite_defaults(env_id):
         """What differs on DeepMind Control (appendix A.1) and on MyoSuite."""
-        dmc = {"action_repeat": 2, "critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1}
+        dmc = {"action_repeat": 2, "policy_delay": 1}
+        dmc |= {"critic_lr": 8e-4, "actor_lr": 8e-4}
         myo = {"action_repeat": 2, "gamma": 0.95}
         return {"shimmy": dmc, "myosuite": myo}.get(suite_of(env_id), {})
 
@@ -107,11 +108,11 @@ class BatchRenorm(nn.Module):
 
     In training, x is normalised by its own mean and std and then moved to where the running ones
     would put it: times r = std / running_std, plus d = (mean - running_mean) / running_std. Both
-    are clipped, and constants to the gradient. In the first `warmup` training forwards r = 1 and
-    d = 0: batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side.
+    are clipped and carry no gradient. In the first `warmup` training forwards r = 1 and d = 0,
+    which is batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side.
     """
 
-    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0
+    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # momentum: of the old statistics
 
     def __init__(self, shape, warmup=100_000):
         super().__init__()
@@ -134,6 +135,7 @@ class BatchRenorm(nn.Module):
             warmed_up = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
             r = (std / running_std).clamp(1 / self.r_max, self.r_max)
             d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
+            # r and d are kept, to be looked at (benchmark/probe.py).
             self.r = torch.where(warmed_up, r, 1.0)
             self.d = torch.where(warmed_up, d, 0.0)
             # Only now do the statistics move: r and d are made of the old ones.
@@ -171,8 +173,7 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Networks, optimisers, losses and updates.
 
-    O and A are the sizes of an observation and of an action, B is the batch's. Actions are in
-    [-1, 1].
+    O, A and B are the sizes of an observation, an action and a batch. Actions are in [-1, 1].
     """
 
     def __init__(self, obs_dim, action_dim, args):
@@ -197,7 +198,7 @@ class Agent(nn.Module):
         return MLP(self.obs_dim, self.args.actor_width, self.action_dim, self.args.brn_warmup)
 
     def make_optimizers(self):
-        """By name."""
+        """Keyed by name."""
         args, betas = self.args, (self.args.adam_beta1, 0.999)
         return {
             "critic": Adam(self.critic.parameters(), args.critic_lr, betas, fused=True),
@@ -223,7 +224,7 @@ class Agent(nn.Module):
     def critic_loss(self, batch, draws):
         """Half the squared Bellman error: mean over the batch, sum over the critics."""
         obs, action, reward, terminated, next_obs = batch
-        self.actor.eval()
+        self.actor.eval()  # only the network that is trained uses batch statistics
         with torch.no_grad():
             clip = self.args.target_noise_clip
             noise = (self.args.target_noise * draws["noise"]).clamp(-clip, clip)
@@ -265,8 +266,8 @@ class Agent(nn.Module):
         return info
 
     def descend(self, name, loss, *inputs):
-        """One step of the named optimiser. The gradient is by that optimiser's own parameters, so
-        that no other network needs freezing."""
+        """One step of the named optimiser. It differentiates by that optimiser's own parameters
+        alone, so no other network needs freezing."""
         optimizer = self.optimizers[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients, info = self.gradients(loss, parameters, *inputs)
@@ -287,7 +288,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
-        """obs [O] -> action [A], arrays: with exploration noise from rng or, without it, plain."""
+        """obs [O] -> action [A], in NumPy: with exploration noise if rng is given."""
         self.actor.eval()
         obs = torch.from_numpy(obs).to(next(self.parameters()).device)
         action = self.policy(obs[None])[0]
@@ -392,12 +393,12 @@ def check_finite(step, values):
 
 
 def reset_seed(*key):
-    """A reset's seed, from the run's seed, the evaluation's step (training: 0) and the episode."""
+    """A hash of the run's seed, the evaluation's step (training: 0) and the episode."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def suite_of(env_id):
-    """The package of an id that is sent to a suite; None for all others."""
+    """The package that provides an id of DeepMind Control or MyoSuite; None for all others."""
     if env_id.removeprefix("shimmy:").startswith("dm_control/"):
         return "shimmy"
     name = env_id.removeprefix("myosuite:")
@@ -436,9 +437,9 @@ def make_env(args, **kwargs):
         suites = "(pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)"
         fail(f"--env-id {args.env_id}:", error, suites if suite else "")
     actions, obs = env.action_space, env.observation_space
-    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and actions.dtype.kind == "f"
-    if not box or len(obs.shape or ()) > 2:
-        needed = "needed: a bounded Box of floats to act, and vectors to observe, no images"
+    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1
+    if not box or actions.dtype.kind != "f" or len(obs.shape or ()) > 2:
+        needed = "needed: a bounded vector of floats to act, and vectors to observe, no images"
         fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
@@ -488,7 +489,7 @@ def parse_args(argv=None, Args=Args, Agent=Agent):
     changed = {k for k, v in vars(args).items() if v != getattr(default, k)} - args.MAY_CHANGE
     if checkpoint and (changed or args.total_timesteps < default.total_timesteps):
         changed = changed or "total_timesteps downwards"
-        fail(f"a resume of {run_dir} may change {args.MAY_CHANGE}, but not {changed}")
+        fail(f"of {run_dir} only {sorted(args.MAY_CHANGE)} may change, not {changed}")
     for name, value in vars(args).items():
         zero, most = name in args.MAY_BE_ZERO, args.AT_MOST.get(name, 1e15)
         if type(value) in (int, float) and not (0 < value <= most or value == 0 and zero):
@@ -549,7 +550,9 @@ class Run:
             "agent": self.agent.state_dict(),
             "n_updates": self.agent.n_updates,
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),  # uncloned, all are written
+            "rows": self.buffer.rows[: self.buffer.size]
+            .cpu()
+            .clone(),  # a view would save all rows
             "position": self.buffer.position,
             "rng": self.rng.get_state(),
         }
@@ -614,7 +617,8 @@ class Run:
         self.evaluations += rows
         self.write_evaluations()
         mean = float(np.mean([row[2] for row in rows]))
-        (step, then), self.clock = self.clock, (self.step, time.perf_counter())
+        step, then = self.clock
+        self.clock = self.step, time.perf_counter()
         speed = (self.step - step) / (self.clock[1] - then)  # since the last evaluation
         self.log({"eval/return": mean, "charts/SPS": speed})
         self.progress.write(f"step {self.step:,}: return {mean:,.1f}; {speed:.0f} steps/s")
@@ -630,7 +634,8 @@ class Run:
 
         def note(number, frame):
             self.signals.append(number)
-            signal.signal(number, signal.SIG_DFL)
+            for number in handlers:
+                signal.signal(number, signal.SIG_DFL)
 
         handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other may have handlers
@@ -690,7 +695,7 @@ def main(
         run.open_episode(env, 0)
     run.open()
     with run.catch_signals(), run.writer, run.progress:
-        with contextlib.suppress(KeyboardInterrupt):  # of an evaluation: a resume does it again
+        with contextlib.suppress(KeyboardInterrupt):  # a resume repeats a cut evaluation
             train(run, env, eval_env, evaluate)
         run.save()
         run.progress.write(f"ended at step {run.step:,}; --resume {run.folder} goes on from here")

@@ -49,7 +49,7 @@ LONGEST_EPISODE = 100_000  # environment steps; where nothing else ends an episo
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Walker2d-v4"  # Gymnasium id; your own: my_module:MyEnv-v0
+    env_id: str = "Walker2d-v4"  # Gymnasium id, or your own: my_module:MyEnv-v0
     seed: int = 1  # of networks, exploration and environment
     total_timesteps: int = 1_000_000  # environment steps
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
@@ -93,7 +93,8 @@ class Args:
     @staticmethod
     def suite_defaults(env_id):
         """What differs on DeepMind Control (appendix A.1) and on MyoSuite."""
-        dmc = {"action_repeat": 2, "critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1}
+        dmc = {"action_repeat": 2, "policy_delay": 1}
+        dmc |= {"critic_lr": 8e-4, "actor_lr": 8e-4, "alpha_lr": 8e-4}
         myo = {"action_repeat": 2, "gamma": 0.95}
         return {"shimmy": dmc, "myosuite": myo}.get(suite_of(env_id), {})
 
@@ -127,8 +128,7 @@ class MLP(nn.Module):
 class Agent(nn.Module):
     """Networks, optimisers, losses and updates.
 
-    O and A are the sizes of an observation and of an action, B is the batch's. Actions are in
-    [-1, 1].
+    O, A and B are the sizes of an observation, an action and a batch. Actions are in [-1, 1].
     """
 
     def __init__(self, obs_dim, action_dim, args):
@@ -156,7 +156,7 @@ class Agent(nn.Module):
         return MLP(self.obs_dim, self.args.actor_width, 2 * self.action_dim)
 
     def make_optimizers(self):
-        """By name; that of the temperature has Adam's default betas."""
+        """Keyed by name; the temperature keeps Adam's default betas."""
         args, betas = self.args, (self.args.adam_beta1, 0.999)
         return {
             "critic": Adam(self.critic.parameters(), args.critic_lr, betas, fused=True),
@@ -170,7 +170,7 @@ class Agent(nn.Module):
         log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # Less log(1 - tanh(u)^2), for the change of variables, in a form that cannot overflow.
+        # Minus log(1 - tanh(u)^2), for the change of variables, in a form that cannot overflow.
         log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return u.tanh(), log_prob.sum(-1)
 
@@ -201,7 +201,7 @@ class Agent(nn.Module):
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
     def actor_loss(self, batch, draws):
-        """The soft Q-value of the policy's actions, negated."""
+        """The soft value, Q - alpha * log-prob, negated."""
         obs = batch[0]
         action, log_prob = self.policy(obs, draws["noise"])
         q = self.q(self.critic, obs, action)  # [n_critics, B]
@@ -234,8 +234,8 @@ class Agent(nn.Module):
             target.lerp_(source, self.args.tau)
 
     def descend(self, name, loss, *inputs):
-        """One step of the named optimiser. The gradient is by that optimiser's own parameters, so
-        that no other network needs freezing."""
+        """One step of the named optimiser. It differentiates by that optimiser's own parameters
+        alone, so no other network needs freezing."""
         optimizer = self.optimizers[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients, info = self.gradients(loss, parameters, *inputs)
@@ -256,7 +256,7 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
-        """obs [O] -> action [A], arrays: drawn with rng or, without it, the policy's tanh(mean)."""
+        """obs [O] -> action [A], in NumPy: sampled if rng is given, otherwise tanh(mean)."""
         obs = torch.from_numpy(obs).to(self.log_alpha.device)
         noise = torch.zeros(1, self.action_dim, device=obs.device)
         if rng is not None:
@@ -359,12 +359,12 @@ def check_finite(step, values):
 
 
 def reset_seed(*key):
-    """A reset's seed, from the run's seed, the evaluation's step (training: 0) and the episode."""
+    """A hash of the run's seed, the evaluation's step (training: 0) and the episode."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def suite_of(env_id):
-    """The package of an id that is sent to a suite; None for all others."""
+    """The package that provides an id of DeepMind Control or MyoSuite; None for all others."""
     if env_id.removeprefix("shimmy:").startswith("dm_control/"):
         return "shimmy"
     name = env_id.removeprefix("myosuite:")
@@ -403,9 +403,9 @@ def make_env(args, **kwargs):
         suites = "(pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)"
         fail(f"--env-id {args.env_id}:", error, suites if suite else "")
     actions, obs = env.action_space, env.observation_space
-    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and actions.dtype.kind == "f"
-    if not box or len(obs.shape or ()) > 2:
-        needed = "needed: a bounded Box of floats to act, and vectors to observe, no images"
+    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1
+    if not box or actions.dtype.kind != "f" or len(obs.shape or ()) > 2:
+        needed = "needed: a bounded vector of floats to act, and vectors to observe, no images"
         fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
@@ -455,7 +455,7 @@ def parse_args(argv=None, Args=Args, Agent=Agent):
     changed = {k for k, v in vars(args).items() if v != getattr(default, k)} - args.MAY_CHANGE
     if checkpoint and (changed or args.total_timesteps < default.total_timesteps):
         changed = changed or "total_timesteps downwards"
-        fail(f"a resume of {run_dir} may change {args.MAY_CHANGE}, but not {changed}")
+        fail(f"of {run_dir} only {sorted(args.MAY_CHANGE)} may change, not {changed}")
     for name, value in vars(args).items():
         zero, most = name in args.MAY_BE_ZERO, args.AT_MOST.get(name, 1e15)
         if type(value) in (int, float) and not (0 < value <= most or value == 0 and zero):
@@ -516,7 +516,9 @@ class Run:
             "agent": self.agent.state_dict(),
             "n_updates": self.agent.n_updates,
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),  # uncloned, all are written
+            "rows": self.buffer.rows[: self.buffer.size]
+            .cpu()
+            .clone(),  # a view would save all rows
             "position": self.buffer.position,
             "rng": self.rng.get_state(),
         }
@@ -581,7 +583,8 @@ class Run:
         self.evaluations += rows
         self.write_evaluations()
         mean = float(np.mean([row[2] for row in rows]))
-        (step, then), self.clock = self.clock, (self.step, time.perf_counter())
+        step, then = self.clock
+        self.clock = self.step, time.perf_counter()
         speed = (self.step - step) / (self.clock[1] - then)  # since the last evaluation
         self.log({"eval/return": mean, "charts/SPS": speed})
         self.progress.write(f"step {self.step:,}: return {mean:,.1f}; {speed:.0f} steps/s")
@@ -597,7 +600,8 @@ class Run:
 
         def note(number, frame):
             self.signals.append(number)
-            signal.signal(number, signal.SIG_DFL)
+            for number in handlers:
+                signal.signal(number, signal.SIG_DFL)
 
         handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other may have handlers
@@ -657,7 +661,7 @@ def main(
         run.open_episode(env, 0)
     run.open()
     with run.catch_signals(), run.writer, run.progress:
-        with contextlib.suppress(KeyboardInterrupt):  # of an evaluation: a resume does it again
+        with contextlib.suppress(KeyboardInterrupt):  # a resume repeats a cut evaluation
             train(run, env, eval_env, evaluate)
         run.save()
         run.progress.write(f"ended at step {run.step:,}; --resume {run.folder} goes on from here")

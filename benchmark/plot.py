@@ -1,24 +1,28 @@
-"""Learning curves, aggregates, diagnostics and tables from `evaluations.csv` files, beside the published curves.
+"""Learning curves, aggregates, diagnostics and tables from `evaluations.csv` files, beside the
+published curves.
 
     pip install matplotlib==3.11.2 scipy==1.17.1
     python benchmark/plot.py                             # benchmark/results/SETTING/ENV/SEED.csv
-    python benchmark/plot.py --runs runs --out figures   # folders of runs: runs/NAME/{evaluations.csv,args.json}
+    python benchmark/plot.py --runs runs --out figures  # runs/NAME/{evaluations.csv,args.json}
 
-Writes, as PNG and SVG, curves (a panel per environment), aggregate (a panel per suite of which two environments are
-there) and panels (Q-bias, weight norm, effective learning rate; where probe.py has left probe.csv files: in a run's
-folder, in results/ as SETTING/ENV/SEED.probe.csv or _FOLDER/NAME/probe.csv). Prints Markdown tables.
+Writes, as PNG and SVG, curves (a panel per environment), aggregate (a panel per suite of which two
+environments are there) and panels (Q-bias, weight norm, effective learning rate; where probe.py has
+left probe.csv files: in a run's folder, in results/ as SETTING/ENV/SEED.probe.csv or
+_FOLDER/NAME/probe.csv). Prints Markdown tables.
 
-The script of a run under --runs is the one in its name, if that has a script's default form ENV__SCRIPT__SEED__TIME or
-run.sh's ENV__SCRIPT+FLAGS__SEED, else the one that its checkpoint.pt names. Runs of one script and FLAGS are told apart
-by the flags in args.json that differ, machine and logging aside.
+The script of a run under --runs is the one in its name, if that has a script's default form
+ENV__SCRIPT__SEED__TIME or run.sh's ENV__SCRIPT+FLAGS__SEED, else the one that its checkpoint.pt
+names. Runs of one script and FLAGS are told apart by the flags in args.json that differ, machine
+and logging aside.
 
-Score: the mean return of an evaluation's episodes, or the success rate where every evaluation has one. Seeds are
-averaged only at steps that all of them have, so a curve ends where the shortest ends. IQM: the mean without the lowest
-and the highest quarter, rounded down: of fewer than four seeds the mean. Interval: percentile bootstrap over the seeds,
-in aggregates stratified by environment; with three seeds it covers less than its name says. The papers: IQM and 70 %
-(CrossQ), IQM and 90 % (CrossQ + WN). Aggregates: return / 1000 (DMC), success (MyoSuite), (return - random) /
-(TD3 - random) (MuJoCo). --x hours (from the TensorBoard events, pauses before a resume left out) and updates (of the
-critic) place a point at the mean over its seeds.
+Score: the mean return of an evaluation's episodes, or the success rate where every evaluation has
+one. Seeds are averaged only at steps that all of them have, so a curve ends where the shortest
+ends. IQM: the mean without the lowest and the highest quarter, rounded down: of fewer than four
+seeds the mean. Interval: percentile bootstrap over the seeds, in aggregates stratified by
+environment; with three seeds it covers less than its name says. The papers: IQM and 70 % (CrossQ),
+IQM and 90 % (CrossQ + WN). Aggregates: return / 1000 (DMC), success (MyoSuite), (return - random) /
+(TD3 - random) (MuJoCo). --x hours (from the TensorBoard events, pauses before a resume left out)
+and updates (of the critic) place a point at the mean over its seeds.
 """
 
 import argparse
@@ -56,9 +60,10 @@ COLOURS = [
     "#56B4E9",
 ]  # Okabe-Ito: for the colour-blind too
 LINES = ["-", "-.", (0, (8, 2))]  # of settings 1 to 6, 7 to 12, 13 to 18
-HOUSEKEEPING = """env_id seed total_timesteps device run_name eval_every eval_episodes checkpoint_every resume evaluate
+HOUSEKEEPING = """env_id seed total_timesteps device run_name eval_every eval_episodes
+    checkpoint_every resume evaluate
     capture_video track compile""".split()  # flags that do not change what is learnt by a step
-RANDOM_TD3 = {  # returns of TD7's appendix (arXiv 2306.02451), by which MR.Q and SimbaV2 normalise too
+RANDOM_TD3 = {  # TD7's appendix (arXiv 2306.02451); MR.Q and SimbaV2 normalise by it too
     "HalfCheetah-v4": (-289.415, 10574), "Hopper-v4": (18.791, 3226), "Walker2d-v4": (2.791, 3946),
     "Ant-v4": (-70.288, 3942), "Humanoid-v4": (120.423, 5165),
 }  # fmt: skip
@@ -75,7 +80,8 @@ AXES = {
     "updates": "gradient steps of the critic",
 }
 SOURCE = "SimbaV2's repository"
-PUBLISHED = [  # file in published/, algorithm (None: no such column), band, label, line (none: only in the table)
+# File in published/, algorithm (None: no such column), band, label, line (none: table only).
+PUBLISHED = [
     (
         "crossq_gym_lowstep.csv",
         None,
@@ -115,7 +121,8 @@ class Run:
 
 @dataclasses.dataclass
 class Curve:
-    """Of one setting: the evaluated steps [T], their places x [T], and values [seeds, T] of each environment."""
+    """Of one setting: the evaluated steps [T], their places x [T], and values [seeds, T] of each
+    environment."""
 
     steps: list[int]
     x: np.ndarray
@@ -160,7 +167,8 @@ def read_table(path: Path) -> list[dict]:
 
 
 def read_evaluations(path: Path) -> dict[str, dict[int, float]]:
-    """evaluations.csv -> {"return": {step: mean over the episodes}}, and "success" where every episode has one."""
+    """evaluations.csv -> {"return": {step: mean over the episodes}}, and "success" where every
+    episode has one."""
     rows, curves = read_table(path), {}
     for name in ("return", "success"):
         if all(row[name] for row in rows):
@@ -172,7 +180,8 @@ def read_evaluations(path: Path) -> dict[str, dict[int, float]]:
 
 
 def read_probe(path: Path) -> dict[str, dict[int, float]]:
-    """probe.csv -> the quantities of DIAGNOSTICS, {quantity: {step: value}}; nothing if there is no such file."""
+    """probe.csv -> the quantities of DIAGNOSTICS, {quantity: {step: value}}; nothing if there is no
+    such file."""
     values, curves = defaultdict(dict), defaultdict(dict)
     for step, quantity, value in csv.reader(open(path)) if path.exists() else ():
         values[int(step)][quantity] = float(value)  # after a resume, a step's last row counts
@@ -203,7 +212,8 @@ def load_results(folder: Path) -> list[Run]:
 
 
 def load_runs(folder: Path, x: str) -> list[Run]:
-    """NAME/{evaluations.csv,args.json[,probe.csv]}; of one setting, environment and seed only the longest run."""
+    """NAME/{evaluations.csv,args.json[,probe.csv]}; of one setting, environment and seed only the
+    longest run."""
     paths = [
         path.parent
         for path in sorted(folder.glob("*/args.json"))
@@ -252,18 +262,16 @@ def script_of(path: Path) -> list[str]:
     ):
         return match[1].split("+")
     if not (path / "checkpoint.pt").exists():
-        fail(
-            f"{path}: of which script? Call it ENV__SCRIPT__SEED__TIME, or leave its checkpoint.pt there"
-        )
+        fail(f"{path}: of which script? Call it ENV__SCRIPT__SEED__TIME, or leave its checkpoint")
     import torch  # only here: it takes seconds
 
-    return [
-        Path(torch.load(path / "checkpoint.pt", "cpu", weights_only=True, mmap=True)["script"]).stem
-    ]
+    checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
+    return [checkpoint["program"].removeprefix("ablate_")]
 
 
 def differing(all_args: list[dict]) -> list[str]:
-    """Flags that differ between runs; action_repeat and gamma within an environment, on which their defaults depend."""
+    """Flags that differ between runs; action_repeat and gamma within an environment, on which their
+    defaults depend."""
 
     def differs(flag: str) -> bool:
         key = "env_id" if flag in {"action_repeat", "gamma"} else None
@@ -275,7 +283,8 @@ def differing(all_args: list[dict]) -> list[str]:
 
 
 def hours(path: Path) -> dict[int, float]:
-    """{environment step: hours of running until its evaluation was written}, over all parts of a resumed run."""
+    """{environment step: hours of running until its evaluation was written}, over all parts of a
+    resumed run."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     out, before = {}, 0.0
@@ -291,9 +300,11 @@ def hours(path: Path) -> dict[int, float]:
 
 
 def published(envs: list[str], last: int, statistic: str) -> list[tuple]:
-    """Of each published algorithm that has all envs: name, label, line, {step <= last: (value, low, high) or (value,)}.
+    """Of each published algorithm that has all envs: name, label, line, {step <= last: (value, low,
+    high) or (value,)}.
 
-    Of several environments, the mean of their normalised values. The mean over seeds where a file has no IQM.
+    Of several environments, the mean of their normalised values. The mean over seeds where a file
+    has no IQM.
     """
     out = []
     for file, alg, band, label, line in PUBLISHED:
@@ -321,7 +332,8 @@ def published(envs: list[str], last: int, statistic: str) -> list[tuple]:
 
 
 def name_of(env: str) -> str:
-    """Published names: dm_control_ball_in_cup-catch-v0 -> ball-in-cup-catch, myoHandPoseRandom-v0 -> myo-pose-hard."""
+    """Published names: dm_control_ball_in_cup-catch-v0 -> ball-in-cup-catch, myoHandPoseRandom-v0
+    -> myo-pose-hard."""
     if match := re.fullmatch(r"myoHand(\w+)(Fixed|Random)-v0", env):
         return (
             "myo" + re.sub("([A-Z])", r"-\1", match[1]).lower() + "-hard" * (match[2] == "Random")
@@ -335,7 +347,8 @@ def name_of(env: str) -> str:
 def estimate(samples: list[np.ndarray], statistic: str, level: int) -> np.ndarray:
     """Mean or IQM over all seeds of all environments, and its stratified bootstrap interval.
 
-    samples: an array [seeds, ...] per environment. Returns [3, ...]: value, low, high; of one seed no interval, NaN.
+    samples: an array [seeds, ...] per environment. Returns [3, ...]: value, low, high; of one seed
+    no interval, NaN.
     """
 
     def pooled(*parts, axis):
@@ -375,7 +388,8 @@ def normalised(env: str, values):
 
 
 def merged(envs: list[str], curves: list[Curve]) -> Curve:
-    """One setting's curves in several environments, normalised, at the steps that all of them have."""
+    """One setting's curves in several environments, normalised, at the steps that all of them
+    have."""
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
     columns = [[curve.steps.index(step) for step in steps] for curve in curves]
     values = [
@@ -385,7 +399,8 @@ def merged(envs: list[str], curves: list[Curve]) -> Curve:
 
 
 def steps_to(curve: Curve, threshold: float) -> np.ndarray:
-    """[seeds]: first step at which the evaluations of the last WINDOW steps have a mean above threshold, else inf."""
+    """[seeds]: first step at which the evaluations of the last WINDOW steps have a mean above
+    threshold, else inf."""
     steps, values = np.array(curve.steps), curve.values[0]
     trailing = np.stack([values[:, (s - WINDOW < steps) & (steps <= s)].mean(1) for s in steps], 1)
     return np.where(trailing > threshold, steps, np.inf).min(1)
@@ -414,9 +429,7 @@ def curve_panels(runs: list[Run], statistic: str) -> list[Panel]:
         for setting, curve in curves.items():
             ends = sorted({max(run.curves["return"], default=0) for run in settings[setting]})
             if curve.steps[-1:] != ends[-1:]:
-                note(
-                    f"{setting}, {env}: seeds end at {ends}, their last common step is {curve.steps[-1:]}"
-                )
+                note(f"{setting}, {env}: seeds end at {ends}, in common {curve.steps[-1:]}")
         curves = {setting: curve for setting, curve in curves.items() if curve.steps}
         last = max(
             [10_000, *(curve.steps[-1] for curve in curves.values())]
@@ -427,8 +440,8 @@ def curve_panels(runs: list[Run], statistic: str) -> list[Panel]:
 
 
 def aggregate_panels(panels: list[Panel], statistic: str) -> list[Panel]:
-    """A panel per suite, over the environments that all settings have, so that settings compare; a setting with one
-    environment alone is left out."""
+    """A panel per suite, over the environments that all settings have, so that settings compare; a
+    setting with one environment alone is left out."""
     out = []
     for suite, ylabel in SUITES.items():
         members = {panel.title: panel.curves for panel in panels if suite_of(panel.title) == suite}
@@ -463,7 +476,8 @@ def diagnostic_panels(runs: list[Run]) -> list[Panel]:
 
 
 def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path: Path) -> None:
-    """Writes path.png and path.svg: the panels, below them one legend; its title says what line and band are."""
+    """Writes path.png and path.svg: the panels, below them one legend; its title says what line and
+    band are."""
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         rows,
@@ -525,7 +539,8 @@ def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path:
 
 
 def caption(args) -> str:
-    return f"{args.statistic.upper().replace('MEAN', 'Mean')} and {args.interval} % bootstrap interval over the seeds"
+    statistic = args.statistic.upper().replace("MEAN", "Mean")
+    return f"{statistic} and {args.interval} % bootstrap interval over the seeds"
 
 
 def seeds(counts: set[int]) -> str:
@@ -542,8 +557,8 @@ def number(value: float) -> str:
 
 
 def around(setting: str, curve: Curve, step: int) -> list[np.ndarray]:
-    """[seeds] of each environment: the means of the evaluations around a step, as the published values are: within 5 %
-    of it or 2000 steps, of SAC, which was evaluated less often, 8400."""
+    """[seeds] of each environment: the means of the evaluations around a step, as the published
+    values are: within 5 % of it or 2000 steps, of SAC, which was evaluated less often, 8400."""
     near = np.abs(np.array(curve.steps) - step) <= max(
         8400 if setting.startswith("sac") else 2000, 0.05 * step
     )
@@ -551,7 +566,8 @@ def around(setting: str, curve: Curve, step: int) -> list[np.ndarray]:
 
 
 def score_table(panels: list[Panel], args) -> list[str]:
-    """Markdown: scores around 20, 50 and 100 thousand steps and the last, where there is an evaluation."""
+    """Markdown: scores around 20, 50 and 100 thousand steps and the last, where there is an
+    evaluation."""
     beside = "published; a range: 5 to 95 % of the means of 5 seeds drawn from 10"
     out = [
         f"| task | steps | setting | {caption(args)} | each seed | {beside} |",
@@ -569,13 +585,15 @@ def score_table(panels: list[Panel], args) -> list[str]:
                 )
                 interval = "" if low == "nan" else f" [{low}, {high}]"
                 out.append(
-                    f"| {panel.title} | {step:,} | {setting} | {value}{interval} | {each} | {beside} |"
+                    f"| {panel.title} | {step:,} | {setting} | {value}{interval} | {each} "
+                    f"| {beside} |"
                 )
     return out
 
 
 def threshold_table(panels: list[Panel]) -> list[str]:
-    """Markdown: median steps to the returns of published/steps_to_threshold.csv, and how many seeds got there."""
+    """Markdown: median steps to the returns of published/steps_to_threshold.csv, and how many seeds
+    got there."""
 
     def cell(median: float, reached: int, n: int, last: int) -> str:
         return f"{f'{median:,.0f}' if np.isfinite(median) else f'> {last:,}'} ({reached} of {n})"

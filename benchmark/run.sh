@@ -17,8 +17,8 @@
 #   ablations    CrossQ's ablations, on its MuJoCo tasks; 5 x 1M
 #   utd-scaling  crossq_wn_highutd at UTD 1, 2, 5 with and without weight normalisation, on dmc's tasks; 10 x 1M
 #   quick        all four on two cheap tasks, 256 wide, 3 x 5000 steps; plots at the end. Updates begin at step 1000,
-#                those of the published runs at 5000. crossq_wn_highutd with UTD 2, the rates of its paper's second
-#                version, and a temperature that need not fall first
+#                those of the published runs at 5000. crossq_wn_highutd with UTD 2, and with
+#                the rates and the target entropy of its paper's second version
 #
 # What to run:
 #   --scripts "A B"   --envs "E F"   --seeds "1 2" (default 1)   --steps N (environment steps; default 1000000)
@@ -100,9 +100,9 @@ case $preset in
     default seeds "1 2 3 4 5"
     with crossq_sac "crossq_sac --"{"critic-width 256","adam-beta1 0.9","policy-delay 1","n-critics 1"}
     with "ablate crossq_sac --"{"bn-momentum 0.9","actor-norm none",bootstrap-at-termination}
-    with "ablate crossq_sac --critic-norm "{bn,ln,none} # figures 8 and 13
+    with "ablate crossq_sac --critic-norm "{bn,ln,none} # figures 9, 10, 13
     with sac_baseline "sac_baseline --"{"critic-width 2048","utd 20 --policy-delay 20"}
-    with "ablate sac_baseline --critic-norm brn --target-stats "{own,live} # figure 9
+    with "ablate sac_baseline --critic-norm brn --target-stats "{own,live} # figures 9, 13
     with "ablate sac_baseline --tau 1 --activation "{relu,tanh,relu6,sin,elu,glu,relu-over-max,layernormed-relu} ;; # 16
   utd-scaling)
     default envs "$dmc"
@@ -112,7 +112,7 @@ case $preset in
     default seeds "1 2 3"
     default steps 5000
     flags="--critic-width 256 --learning-starts 1000 --eval-every 1000 --eval-episodes 3 --compile off $flags"
-    wn="--utd 2 --critic-lr 3e-4 --actor-lr 3e-4 --target-entropy 0.5 --alpha 0.01"
+    wn="--utd 2 --critic-lr 3e-4 --actor-lr 3e-4 --entropy-factor 0.5"
     with crossq_sac crossq_td3 "crossq_wn_highutd $wn" sac_baseline ;;
   *) default seeds 1 ;;
 esac
@@ -137,7 +137,7 @@ name_run() { # ENV SEED WORD...: sets name, from all that makes it another run; 
   name=''
   for word; do
     if [[ $word = --* ]]; then
-      [[ ${word%%=*} =~ ^--(device|compile|eval-every|eval-episodes|checkpoint-every|capture-video|track)$ ]] &&
+      [[ ${word%%=*} =~ ^--(device|compile|eval-every|eval-episodes|checkpoint-every|track)$ ]] &&
         kept='' || kept=1
       name+=${kept:++${word#--}}
     elif [[ $name = *+* ]]; then

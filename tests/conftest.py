@@ -1,4 +1,5 @@
-"""Shared helpers: the scripts are imported from the folder above, and run as a user would, in a folder of their own."""
+"""Shared helpers: the scripts are imported from the folder above, and run as a user would, in a
+folder of their own."""
 
 import os
 import subprocess
@@ -19,7 +20,8 @@ def command(script, *arguments):
 
 
 def environment():
-    """One thread per process: the suite may share its cores; the tests' own environments are found from tests/."""
+    """One thread per process: the suite may share its cores; the tests' own environments are found
+    from tests/."""
     return os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT / "tests"),
@@ -29,7 +31,8 @@ def environment():
 
 @pytest.fixture
 def short_warmup(monkeypatch):
-    """short_warmup(script, n): batch renorm leaves its warm-up after n forwards in place of 100 000, if it has any."""
+    """short_warmup(script, n): batch renorm leaves its warm-up after n forwards in place of 100
+    000, if it has any."""
 
     def shorten(script, n):
         if hasattr(script, "BatchRenorm"):
@@ -41,7 +44,8 @@ def short_warmup(monkeypatch):
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("crossq_sac.py", "--seed", 1, ...) -> CompletedProcess, with tmp_path as the current directory."""
+    """run_script("crossq_sac.py", "--seed", 1, ...) -> CompletedProcess, with tmp_path as the
+    current directory."""
 
     def run(script, *arguments, timeout=300, cwd=tmp_path):
         return subprocess.run(

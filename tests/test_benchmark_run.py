@@ -1,4 +1,5 @@
-"""benchmark/run.sh: a grid of tiny runs, stopped half-way and gone on with, on this machine and through Slurm."""
+"""benchmark/run.sh: a grid of tiny runs, stopped half-way and gone on with, on this machine and
+through Slurm."""
 
 import functools
 import os
@@ -60,7 +61,8 @@ def grid(*arguments, scripts=SCRIPTS, envs=ENVS, seeds=SEEDS, steps=STEPS, flags
 
 @pytest.fixture
 def call(tmp_path):
-    """call(*command) in tmp_path, where gate.py is; the gate is open unless the test takes the file `open` away."""
+    """call(*command) in tmp_path, where gate.py is; the gate is open unless the test takes the file
+    `open` away."""
     (tmp_path / "gate.py").write_text(GATE)
     (tmp_path / "open").touch()
     return functools.partial(
@@ -90,7 +92,8 @@ def starts(run):
 
 
 def stop_half_way(folder, number, command):
-    """The command's output; it gets the signal when two runs wait at the gate, and must leave no process behind."""
+    """The command's output; it gets the signal when two runs wait at the gate, and must leave no
+    process behind."""
     (folder / "open").unlink()
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=folder, env=environ(), start_new_session=True, **pipe)
@@ -111,7 +114,8 @@ def stop_half_way(folder, number, command):
 
 
 def references(folder, environments):
-    """evaluations.csv of the grid's runs, made by the scripts alone, one after the other in one process."""
+    """evaluations.csv of the grid's runs, made by the scripts alone, one after the other in one
+    process."""
     code = """if True:
         import importlib, sys
         for script, env, seed in (x.split(",") for x in sys.argv[3:]):
@@ -190,7 +194,8 @@ def test_sigterm_stops_as_well(tmp_path, call):
 
 
 def test_a_failing_run_stops_no_other(tmp_path, call):
-    """It is listed with its log and the log's last line. With more steps, the finished one goes on where it was."""
+    """It is listed with its log and the log's last line. With more steps, the finished one goes on
+    where it was."""
     one = {"scripts": ["sac_baseline"], "seeds": [1]}
     result = call(
         grid("--workers", "1", "--out", "there", envs=["Nonexistent-v0", "Truncated-v0"], **one)
@@ -262,14 +267,16 @@ def test_dry_run_prints_commands_that_the_scripts_accept(call, tmp_path, monkeyp
     for command in settings.values():
         python, *words = command.split()
         module = probe.load(words[0 if "ablate" not in words[0] else 1])
+        parts = {}
         if "ablate" in words[0]:
-            module, words = ablate.ablate(module), words[1:]
-        args, _ = module.parse_args(words[1:])
+            parts, words = ablate.ablate(module), words[1:]
+        args, _ = module.parse_args(words[1:], **parts)
         assert (python, args.run_name) == (sys.executable, words[-1])
 
 
 def test_gpus_and_workers(tmp_path, call):
-    """The visible GPUs, each with its share of runs; a stand-in for Python writes what it is given."""
+    """The visible GPUs, each with its share of runs; a stand-in for Python writes what it is
+    given."""
     (tmp_path / "python").write_text(
         '#!/bin/sh\nsleep 1\necho "GPU $CUDA_VISIBLE_DEVICES, $OMP_NUM_THREADS thread"\n'
     )
@@ -308,7 +315,7 @@ def test_wrong_arguments(call, tmp_path, arguments, message):
     assert not (tmp_path / "runs").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- Slurm
+# -------------------------------------------------------------------------------------------- Slurm
 
 
 @pytest.fixture(scope="module")
@@ -337,8 +344,9 @@ def slurm():
 
 @pytest.mark.parametrize("end", ["time limit", "pre-emption"])
 def test_slurm_array(tmp_path, call, slurm, end):
-    """Of two tasks in their middle, one gets the SIGTERM of a time limit, to its batch shell, which asks for a requeue,
-    or that of a pre-emption, to all its processes, requeued by Slurm. It resumes, and the other one goes on."""
+    """Of two tasks in their middle, one gets the SIGTERM of a time limit, to its batch shell, which
+    asks for a requeue, or that of a pre-emption, to all its processes, requeued by Slurm. It
+    resumes, and the other one goes on."""
     (tmp_path / "open").unlink()
     one = {"scripts": ["sac_baseline"], "envs": ["gate:Gate-v0"]}
     command = grid("--launcher", "slurm", "--jobs", "2", "--time", "10", **one)

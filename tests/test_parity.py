@@ -1,8 +1,8 @@
 """Parity with code that nobody here wrote: sb3-contrib's CrossQ and stable-baselines3's SAC.
 
-Same weights, batches and noise, nine updates in a row, in float64: losses, temperature, running statistics, target
-networks and weights must agree to 1e-8 (they do to 1e-11). Their differences are undone one by one, where the comments
-count them.
+Same weights, batches and noise, nine updates in a row, in float64: losses, temperature, running
+statistics, target networks and weights must agree to 1e-8 (they do to 1e-11). Their differences are
+undone one by one, where the comments count them.
 """
 
 import gymnasium as gym
@@ -33,7 +33,8 @@ class Box(gym.Env):
 
 @pytest.fixture
 def reference(monkeypatch):
-    """reference(class, ...) is their model in float64; model.noise keeps what it draws in a training step."""
+    """reference(class, ...) is their model in float64; model.noise keeps what it draws in a
+    training step."""
 
     def make(algorithm, **arguments):
         torch.manual_seed(0)
@@ -51,7 +52,8 @@ def reference(monkeypatch):
                 net.register_forward_hook(lambda module, inputs, output: output.double())
         # 1. They add 1e-6 inside the logarithm of the tanh correction.
         model.actor.action_dist.epsilon = 0.0
-        # 2. Their temperature's loss is log alpha * (H - target), ours alpha * (H - target): the same sign, alpha times
+        # 2. Their temperature's loss is log alpha * (H - target), ours alpha * (H - target): the
+        # same sign, alpha times
         #    the gradient.
         model.log_ent_coef.register_hook(
             lambda gradient: gradient * model.log_ent_coef.detach().exp()
@@ -105,7 +107,8 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 def compare(model, module, draws, policy_delay, monkeypatch):
-    """UPDATES times model.train() beside agent.update(); `draws` says what their noise is for, in their order."""
+    """UPDATES times model.train() beside agent.update(); `draws` says what their noise is for, in
+    their order."""
     args = module.Args(critic_width=WIDTH, actor_width=WIDTH, batch_size=BATCH, compile="off")
     agent = module.Agent(OBS, ACTIONS, args).double()
     agent.load_state_dict(weights_of(model))  # strict: every tensor of ours has one of theirs
@@ -146,7 +149,8 @@ def test_nine_updates_agree_with_sb3_contrib(reference, monkeypatch):
     # 3. Its batch variance is the unbiased one.
     var = torch.Tensor.var
     monkeypatch.setattr(torch.Tensor, "var", lambda self, dim: var(self, dim=dim, correction=0))
-    # Its form of r and d, and `>` for the end of the warm-up, differ too, but only after 100 000 updates.
+    # Its form of r and d, and `>` for the end of the warm-up, differ too, but only after 100 000
+    # updates.
     compare(model, crossq_sac, ["next_obs", "obs"], 3, monkeypatch)
 
 

@@ -1,4 +1,5 @@
-"""benchmark/plot.py: its statistics against values by hand, its tables, and its figures from small fixtures."""
+"""benchmark/plot.py: its statistics against values by hand, its tables, and its figures from small
+fixtures."""
 
 import csv
 import json
@@ -70,7 +71,8 @@ def table_rows(text, start):
 
 
 def svg_texts(path):
-    """Whole words of a figure: matplotlib draws letters as shapes and leaves each text in a comment."""
+    """Whole words of a figure: matplotlib draws letters as shapes and leaves each text in a
+    comment."""
     text = path.read_text()
     ElementTree.fromstring(text)  # well-formed
     return [line.strip()[5:-4] for line in text.splitlines() if line.strip().startswith("<!-- ")]
@@ -78,7 +80,8 @@ def svg_texts(path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that plot.main draws, as matplotlib objects, by file name; writing them would take seconds each."""
+    """The figures that plot.main draws, as matplotlib objects, by file name; writing them would
+    take seconds each."""
     figures = {}
     monkeypatch.setattr(
         plot.plt.Figure,
@@ -264,7 +267,7 @@ def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
     ]  # with 45 000
     assert [row[1] for row in table_rows(out, "Hopper-v4")] == ["20,000", "50,000", "20,000", "40,000"] + [
         "1,000", "2,000", "2,500", "3,000"]  # fmt: skip
-    assert "sac, Hopper-v4: seeds end at [40000, 50000], their last common step is [40000]" in err
+    assert "sac, Hopper-v4: seeds end at [40000, 50000], in common [40000]" in err
     reached = table_rows(
         out, "HalfCheetah-v4 | 3,000"
     )  # trailing mean 200 (s - 7.5) + 10 seed > 3000 from 25 000 on
@@ -352,7 +355,8 @@ def test_success_where_every_run_has_it(tmp_path, drawn):
 
 
 def test_hours_leave_pauses_out(tmp_path):
-    """Two parts: 2 h, then after a long pause another, which repeats the evaluation at 10 000 steps."""
+    """Two parts: 2 h, then after a long pause another, which repeats the evaluation at 10 000
+    steps."""
     record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -387,13 +391,14 @@ def test_script_comes_from_the_name_or_the_checkpoint(tmp_path):
         assert plot.script_of(tmp_path / name) == script
     (tmp_path / "mine").mkdir()
     torch.save(
-        {"script": "crossq_td3.py", "rows": torch.zeros(10)}, tmp_path / "mine/checkpoint.pt"
+        {"program": "ablate_crossq_td3", "rows": torch.zeros(10)}, tmp_path / "mine/checkpoint.pt"
     )
     assert plot.script_of(tmp_path / "mine") == ["crossq_td3"]
 
 
 def test_runs_of_run_sh_keep_their_flags_apart(tmp_path, drawn):
-    """The flags that all runs share are left out; of ablate.py's, plain runs have no entry in args.json."""
+    """The flags that all runs share are left out; of ablate.py's, plain runs have no entry in
+    args.json."""
     for seed in (1, 2):
         write_run(tmp_path / f"Hopper-v4__crossq_sac+critic-width=256__{seed}", "Hopper-v4", seed)
         name = f"Hopper-v4__ablate_crossq_sac+critic-norm=ln+critic-width=256__{seed}"

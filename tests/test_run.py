@@ -1,4 +1,5 @@
-"""The contract of a run, script by script: command line, files, exact resume after any kill, signals, errors."""
+"""The contract of a run, script by script: command line, files, exact resume after any kill,
+signals, errors."""
 
 import ast
 import csv
@@ -43,7 +44,8 @@ RUN = MAY_CHANGE | {
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """Runs in this process must keep neither its signal handlers, nor the search path, nor other settings of it."""
+    """Runs in this process must keep neither its signal handlers, nor the search path, nor other
+    settings of it."""
     saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     precision = torch.get_float32_matmul_precision()
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -56,7 +58,8 @@ def restored(monkeypatch):
 
 @pytest.fixture
 def main(request, tmp_path, monkeypatch):
-    """main(*arguments) runs a script in this process, in tmp_path, and returns the exit code; main.module is it."""
+    """main(*arguments) runs a script in this process, in tmp_path, and returns the exit code;
+    main.module is it."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, **parts):
@@ -87,7 +90,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def own_env(monkeypatch):
-    """own_env(step=..., reset=...) registers tiny_envs.Constant with these attributes replaced, and returns its id."""
+    """own_env(step=..., reset=...) registers tiny_envs.Constant with these attributes replaced, and
+    returns its id."""
 
     def register(**attributes):
         cls = type("Own", (tiny_envs.Constant,), attributes)
@@ -134,7 +138,8 @@ def scalars(run, tag):
 
 
 def leaves(x, path=""):
-    """Every tensor and number of a nested checkpoint with its path, but what names the run itself."""
+    """Every tensor and number of a nested checkpoint with its path, but what names the run
+    itself."""
     items = (
         x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list | tuple) else None
     )
@@ -170,7 +175,7 @@ def refused(main, capsys, *arguments, code=2, tyro=False):
     return " ".join(re.sub("[│╭╮╰╯─]", " ", err).split())
 
 
-# ------------------------------------------------------------------------------- the same, and again
+# ------------------------------------------------------------------------------ the same, and again
 
 
 @every_script
@@ -190,7 +195,8 @@ def test_same_seed_same_result_and_another_seed_another(main, whole):
 
 @every_script
 def test_resume_from_any_step(main, whole, monkeypatch):
-    """In the random warm-up, at its end, at an episode's end, in the middle of one and after an evaluation."""
+    """In the random warm-up, at its end, at an episode's end, in the middle of one and after an
+    evaluation."""
     add, count, stops = main.module.ReplayBuffer.add, [0], [1, 25, 40, 41, 60, 100, 123]
 
     def stopping_add(self, *transition):
@@ -246,7 +252,8 @@ class Killed(BaseException):
     "when", ["writing the first", "writing", "before the rename", "after the rename"]
 )
 def test_killed_while_a_checkpoint_is_written(main, whole, capsys, monkeypatch, when):
-    """Half-written, whole but not renamed, just renamed: the checkpoint that is seen is always whole."""
+    """Half-written, whole but not renamed, just renamed: the checkpoint that is seen is always
+    whole."""
     save, replace, calls, nth = torch.save, os.replace, [0], 1 if "first" in when else 4
 
     def dying_save(state, file):
@@ -433,7 +440,8 @@ ZERO = {"seed", "brn_warmup", "gamma", "learning_starts", "adam_beta1", "alpha_l
 
 @every_script
 def test_numbers_out_of_range(main, capsys):
-    """Every number of Args: negative, not a number or infinite; and zero, but where that makes sense."""
+    """Every number of Args: negative, not a number or infinite; and zero, but where that makes
+    sense."""
     for name, value in vars(main.module.Args()).items():
         if type(value) in (int, float):
             for wrong in ("-3", "nan", "inf", *(["0"] if name not in ZERO else [])):
@@ -507,7 +515,8 @@ def test_nan_from_the_environment(main, capsys, env, named):
 
 @pytest.mark.parametrize("at", [0, 20])
 def test_nan_from_a_reset(main, capsys, own_env, at):
-    """The first or third episode begins with NaN: it reaches neither the buffer's file nor a later checkpoint."""
+    """The first or third episode begins with NaN: it reaches neither the buffer's file nor a later
+    checkpoint."""
 
     def reset(self, seed=None, options=None):
         obs, info = tiny_envs.Constant.reset(self, seed=seed)
@@ -644,7 +653,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(main, whole):
     assert_identical(whole(main), "runs/a")
 
 
-# ------------------------------------------------------------------------------------ files of a run
+# ----------------------------------------------------------------------------------- files of a run
 
 
 @every_script
@@ -727,7 +736,8 @@ def test_evaluate_leaves_the_run_as_it_is(main, whole, capsys):
 @every_script
 @pytest.mark.parametrize("processor", ["this one", "exact", "rounds"])
 def test_matrix_products_are_of_float32(main, monkeypatch, processor):
-    """The fast products are taken if they are exact; not from a processor that rounds them to bfloat16 (stand-in)."""
+    """The fast products are taken if they are exact; not from a processor that rounds them to
+    bfloat16 (stand-in)."""
     exact = torch.Tensor.__matmul__
 
     def product(a, b):
@@ -829,7 +839,8 @@ def test_own_module_may_be_called_like_a_suite(main):
 
 
 def test_track_logs_to_weights_and_biases(main, monkeypatch):
-    """It copies TensorBoard's events, so it must begin before them; a resumed run goes on under the same id."""
+    """It copies TensorBoard's events, so it must begin before them; a resumed run goes on under the
+    same id."""
     calls = []
 
     def init(**kwargs):
@@ -879,7 +890,7 @@ SAC = {"alpha_lr": 1e-3, "alpha": 1.0}
 TD3 = {"exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5}
 BASELINE = {"critic_width": 256, "adam_beta1": 0.9, "policy_delay": 1, "tau": 0.005}
 WN = {"critic_width": 512, "critic_lr": 1e-4, "actor_lr": 1e-4, "alpha_lr": 1e-4, "utd": 5, "tau": 0.005,
-      "weight_decay": 0.01, "target_entropy": 1.0}  # fmt: skip
+      "weight_decay": 0.01, "entropy_factor": 1.0, "alpha": 0.01}  # fmt: skip
 DEFAULTS = {
     "crossq_sac": PAPER | SAC,
     "crossq_td3": PAPER | TD3,
@@ -950,7 +961,8 @@ def test_every_flag_is_used(main):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_alone_in_an_empty_folder_with_the_users_own_environment(tmp_path, script):
-    """The file copied out runs by itself, and finds my_module in the current directory, not beside the script."""
+    """The file copied out runs by itself, and finds my_module in the current directory, not beside
+    the script."""
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(ROOT / script, tmp_path / "elsewhere/copied.py")
     shutil.copy(ROOT / "tests/tiny_envs.py", tmp_path / "my_module.py")
@@ -987,7 +999,8 @@ def test_import_has_no_side_effect(tmp_path):
     not torch.cuda.is_available(), reason="no CUDA device"))])  # fmt: skip
 @every_script
 def test_smoke_on_mujoco(main, capsys, device):
-    """A real task; the policy that --evaluate loads, running statistics included, is the one that was evaluated."""
+    """A real task; the policy that --evaluate loads, running statistics included, is the one that
+    was evaluated."""
     arguments = [
         *TINY,
         "--env-id",
@@ -1014,7 +1027,8 @@ def test_smoke_on_mujoco(main, capsys, device):
 
 @pytest.mark.learning
 def test_learns_inverted_pendulum(run_script, tmp_path):
-    """At 20 000 steps it balances longer than TD3 did there: 666 of 1000, the authors' mean over 10 seeds (gym v1)."""
+    """At 20 000 steps it balances longer than TD3 did there: 666 of 1000, the authors' mean over 10
+    seeds (gym v1)."""
     flags = "--env-id InvertedPendulum-v4 --critic-width 256 --total-timesteps 20000 --run-name learning"
     assert run_script("crossq_sac.py", *flags.split(), timeout=3600).returncode == 0
     rows = evaluations(tmp_path / "runs/learning")
@@ -1050,7 +1064,8 @@ OWN_IMPORTS = {
 
 
 def definitions(script):
-    """Source text, decorators and all, of every top-level class, function and constant, and of a class's methods."""
+    """Source text, decorators and all, of every top-level class, function and constant, and of a
+    class's methods."""
     source = (ROOT / script).read_text()
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
@@ -1089,7 +1104,8 @@ def test_imports_are_the_same():
 
 
 def test_inline_metadata_is_requirements_txt():
-    """PEP 723: `uv run SCRIPT` installs what requirements.txt does, less pytest; the same text in every script."""
+    """PEP 723: `uv run SCRIPT` installs what requirements.txt does, less pytest; the same text in
+    every script."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
     pattern = re.compile(r"^# /// script\n((?:#.*\n)+)# ///$", re.M)
     (block,) = {pattern.search((ROOT / script).read_text()).group(1) for script in SCRIPTS}
@@ -1108,7 +1124,8 @@ def count_nodes(tree):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_density(script):
-    """Lines of at most 100 columns, on average 52 characters and 7 syntax nodes; short functions."""
+    """Lines of at most 100 columns, on average 52 characters and 7 syntax nodes; short
+    functions."""
     text = (ROOT / script).read_text()
     lines, tree = text.splitlines(), ast.parse(text)
     full = [line.strip() for line in lines if line.strip()]
@@ -1121,7 +1138,8 @@ def test_density(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_length(script):
-    """What a student reads, above the last banner, has CleanRL's size. See Development in README."""
+    """What a student reads, above the last banner, has CleanRL's size. See Development in
+    README."""
     text = (ROOT / script).read_text()
     algorithm = text[: text.index("nothing about CrossQ below")]
     assert len(algorithm.splitlines()) <= 420 and len(algorithm) <= 20_000

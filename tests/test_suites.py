@@ -1,4 +1,5 @@
-"""DeepMind Control and MyoSuite: defaults that depend on the suite, time limits, success, exact resume."""
+"""DeepMind Control and MyoSuite: defaults that depend on the suite, time limits, success, exact
+resume."""
 
 import csv
 import importlib
@@ -13,10 +14,13 @@ from test_run import SCRIPTS, assert_identical, evaluations, every_script, load,
 
 TINY = """--critic-width 16 --actor-width 16 --batch-size 16 --learning-starts 40 --device cpu --compile off
     --eval-episodes 1 --utd 1""".split()
-CROSSQ_SCRIPTS, CROSSQ = (
-    ("crossq_sac.py", "crossq_td3.py"),
-    {"critic_lr": 8e-4, "actor_lr": 8e-4, "policy_delay": 1},
-)
+RATES = {"critic_lr": 8e-4, "actor_lr": 8e-4}
+DMC_DEFAULTS = {  # appendix A.1 of CrossQ's paper: 8e-4 for all algorithms, the temperature too
+    "sac_baseline": RATES | {"alpha_lr": 8e-4},
+    "crossq_sac": RATES | {"alpha_lr": 8e-4, "policy_delay": 1},
+    "crossq_td3": RATES | {"policy_delay": 1},
+    "crossq_wn_highutd": {},
+}
 WALKER, HAND = "dm_control/walker-walk-v0", "myoHandReachFixed-v0"
 SUITES = {WALKER: {"action_repeat": 2}, HAND: {"action_repeat": 2, "gamma": 0.95}}
 DMC = pytest.param("dm_control/cartpole-swingup-v0", marks=pytest.mark.skipif(
@@ -29,9 +33,7 @@ MYO = pytest.param("myoFingerReachFixed-v0", marks=pytest.mark.skipif(
 @pytest.mark.parametrize("env_id", SUITES)
 def test_defaults_of_a_suite(main, env_id):  # noqa: F811
     """They change these arguments and no others, and give way to the command line."""
-    wanted = SUITES[env_id] | (
-        CROSSQ if "dm_" in env_id and main.module.SCRIPT.name in CROSSQ_SCRIPTS else {}
-    )
+    wanted = SUITES[env_id] | (DMC_DEFAULTS[main.module.__name__] if "dm_" in env_id else {})
     plain, _ = main.module.parse_args([])
     args, _ = main.module.parse_args(["--env-id", env_id])
     assert {
@@ -45,14 +47,15 @@ def test_defaults_of_a_suite(main, env_id):  # noqa: F811
 @every_script
 @pytest.mark.parametrize("env_id", [DMC, MYO])
 def test_a_run(main, capsys, env_id):  # noqa: F811
-    """Defaults are shown and stored, steps are environment steps, episodes are whole, it resumes exactly."""
+    """Defaults are shown and stored, steps are environment steps, episodes are whole, it resumes
+    exactly."""
     steps = ["--eval-every", 100, "--checkpoint-every", 70, "--env-id", env_id]
     assert main(*TINY, *steps, "--total-timesteps", 200, "--run-name", "whole") == 0
     out = capsys.readouterr().out
     stored = json.loads(Path("runs/whole/args.json").read_text())["args"]
     assert "action_repeat 2" in out and stored["action_repeat"] == 2
     assert ("gamma 0.95" in out) == (stored["gamma"] == 0.95) == env_id.startswith("myo")
-    assert load("runs/whole")["loop"][0] == 100 and len(load("runs/whole")["rows"]) == 100
+    assert load("runs/whole")["run"]["step"] == 200 and len(load("runs/whole")["rows"]) == 100
     rows = evaluations("runs/whole")
     assert [int(row["step"]) for row in rows] == [100, 200]
     assert all(
@@ -67,7 +70,8 @@ def test_a_run(main, capsys, env_id):  # noqa: F811
 
 @pytest.mark.parametrize("env_id", [DMC])
 def test_time_limits_of_dm_control_bootstrap(main, env_id):  # noqa: F811
-    """1000 environment steps, 500 transitions, the last of which is no termination; the next one starts anew."""
+    """1000 environment steps, 500 transitions, the last of which is no termination; the next one
+    starts anew."""
     arguments = [*TINY, "--env-id", env_id, "--learning-starts", 9999, "--total-timesteps", 1040]
     assert main(*arguments, "--run-name", "a") == 0
     module, rows = main.module, load("runs/a")["rows"]
@@ -81,7 +85,8 @@ def test_time_limits_of_dm_control_bootstrap(main, env_id):  # noqa: F811
 
 @pytest.mark.parametrize("env_id", [DMC])
 def test_dictionary_observations_are_flattened_in_the_order_of_the_space(env_id, main):  # noqa: F811
-    """Shimmy's order, which is the task's: for cartpole 3 positions (two of them an angle), then 2 velocities."""
+    """Shimmy's order, which is the task's: for cartpole 3 positions (two of them an angle), then 2
+    velocities."""
     import gymnasium
 
     ours, theirs = main.module.make_env(main.module.Args(env_id=env_id)), gymnasium.make(env_id)
@@ -122,3 +127,21 @@ def test_missing_suite_names_the_command(main, capsys, monkeypatch, package, env
     monkeypatch.setitem(sys.modules, package, None)
     message = refused(main, capsys, "--env-id", env_id)
     assert "pip install" in message and package in message and not Path("runs").exists()
+
+
+@every_script
+def test_a_suite_is_exactly_the_ids_that_are_sent_to_it(main):  # noqa: F811
+    """A user's own module of a similar name has none of its defaults."""
+    sent = {
+        "dm_control/dog-run-v0": "shimmy",
+        "shimmy:dm_control/dog-run-v0": "shimmy",
+        "myoHandReachFixed-v0": "myosuite",
+        "myosuite:myoHandReachFixed-v0": "myosuite",
+        "my_pkg:myoelectric-v0": None,
+        "myown:Mine-v0": None,
+        "dm_own:Mine-v0": None,
+        "Hopper-v4": None,
+    }
+    for env_id, package in sent.items():
+        assert main.module.suite_of(env_id) == package
+        assert bool(main.module.Args.suite_defaults(env_id)) == bool(package)

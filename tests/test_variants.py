@@ -1,4 +1,5 @@
-"""What is particular to sac_baseline.py and to crossq_td3.py, against formulas written down here a second time."""
+"""What is particular to sac_baseline.py and to crossq_td3.py, against formulas written down here a
+second time."""
 
 import math
 
@@ -29,7 +30,8 @@ def make_batch(seed=0):
 
 
 def make_agent(script, updates=0, **changes):
-    """A small agent in float64, after some updates: nothing is at its initial value, nor the same as anything else."""
+    """A small agent in float64, after some updates: nothing is at its initial value, nor the same
+    as anything else."""
     torch.manual_seed(0)
     small = {
         "critic_width": 16,
@@ -51,9 +53,11 @@ def noise(scale=1.0):
 
 
 def forward(net, x, norm=None, seen=None):
-    """The network's output by hand; norm: None, "batch" (statistics of x) or "running". `seen` keeps the norms' inputs.
+    """The network's output by hand; norm: None, "batch" (statistics of x) or "running". `seen`
+    keeps the norms' inputs.
 
-    "batch" is CrossQ's training mode here: these tests stay in its warm-up, which is plain batch norm.
+    "batch" is CrossQ's training mode here: these tests stay in its warm-up, which is plain batch
+    norm.
     """
     for k, (weight, bias) in enumerate(zip(net.weights, net.biases)):
         x = x.clamp(min=0) if k else x
@@ -104,9 +108,11 @@ def both_are_lowest_somewhere(q):
 
 @pytest.fixture
 def run_loop(tmp_path, monkeypatch):
-    """run_loop(script, flags, updates=True): the script's own loop on a tiny environment; its agent and its buffer.
+    """run_loop(script, flags, updates=True): the script's own loop on a tiny environment; its agent
+    and its buffer.
 
-    Also the initial state of the agent, and all noise that it acted on; updates=False leaves the updates out.
+    Also the initial state of the agent, and all noise that it acted on; updates=False leaves the
+    updates out.
     """
 
     def run(script, flags, updates=True):
@@ -182,7 +188,8 @@ def test_settings():
 
 @SCRIPTS
 def test_both_updates_take_the_batch_and_noise_of_their_own(script):
-    """Standard normal, independent per row, dimension and update, and in SAC between the critic's and the actor's."""
+    """Standard normal, independent per row, dimension and update, and in SAC between the critic's
+    and the actor's."""
     agent, calls = make_agent(script, policy_delay=1), {"critic_loss": [], "actor_loss": []}
     for name in calls:
         loss = getattr(agent, name)
@@ -218,7 +225,8 @@ def sample(agent, obs, standard_normal):
 
 
 def test_sac_critic_gradient_is_that_of_the_target_network():
-    """r + gamma (1 - done) (min of BOTH target critics - alpha log pi), where the target network is not the critic."""
+    """r + gamma (1 - done) (min of BOTH target critics - alpha log pi), where the target network is
+    not the critic."""
     agent, batch = make_agent(sac_baseline, updates=9), make_batch(50)
     obs, action, reward, done, next_obs = batch
     with torch.no_grad():
@@ -239,7 +247,8 @@ def test_sac_critic_gradient_is_that_of_the_target_network():
 
 
 def test_sac_actor_gradient_is_that_of_the_critic():
-    """alpha log pi - min over BOTH critics, not their targets; the temperature's: alpha (H + dim A), alpha trained."""
+    """alpha log pi - min over BOTH critics, not their targets; the temperature's: alpha (H + dim
+    A), alpha trained."""
     agent, obs = make_agent(sac_baseline, updates=9), make_batch(50)[0]
     with torch.no_grad():
         agent.log_alpha.fill_(math.log(0.3))
@@ -295,7 +304,8 @@ def test_target_network_follows_every_critic_update_by_tau(tau):
 
 
 def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeypatch, tmp_path):
-    """Averaged after each of the five updates, not once per step; and it is in the checkpoint, and in a resumed run."""
+    """Averaged after each of the five updates, not once per step; and it is in the checkpoint, and
+    in a resumed run."""
     critics, descend = [], sac_baseline.Agent.descend
 
     def spy(self, name, *rest):
@@ -342,7 +352,8 @@ def test_target_network_is_not_trained():
 
 
 def test_sac_has_no_normalisation():
-    """Weights and biases only; no buffers; a row's Q-value depends on no other row and on no mode."""
+    """Weights and biases only; no buffers; a row's Q-value depends on no other row and on no
+    mode."""
     agent, (obs, action, *_) = make_agent(sac_baseline, updates=2), make_batch()
     assert not hasattr(sac_baseline, "BatchRenorm") and not list(agent.buffers())
     for net, n_in in (
@@ -362,7 +373,8 @@ def test_sac_has_no_normalisation():
     ("script", "delay"), [(sac_baseline, None), (sac_baseline, 2), (crossq_td3, None)]
 )
 def test_policy_delay(script, delay):
-    """The actor, and the temperature, move with every `delay`-th critic update; SAC's default is 1, TD3's 3."""
+    """The actor, and the temperature, move with every `delay`-th critic update; SAC's default is 1,
+    TD3's 3."""
     agent = make_agent(script, **{"policy_delay": delay} if delay else {})
     delay = delay or (1 if script is sac_baseline else 3)
     for i in range(1, 7):
@@ -410,7 +422,8 @@ def test_td3_exploration_noise_is_clipped():
 
 
 def test_td3_exploration_in_the_loop(run_loop):
-    """Uniform warm-up actions without noise; then the policy's with noise of std 0.1, independent per dimension."""
+    """Uniform warm-up actions without noise; then the policy's with noise of std 0.1, independent
+    per dimension."""
     flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 3400 --learning-starts 400 --buffer-size 4000"
     made = run_loop(crossq_td3, flags, updates=False)
     obs, action, *_ = made["buffer"].rows[:3400].split(made["buffer"].widths, -1)
@@ -435,7 +448,8 @@ def test_td3_exploration_in_the_loop(run_loop):
 
 
 def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
-    """a' of the eval-mode actor, both clips at work; min over BOTH critics of the same pass; no entropy."""
+    """a' of the eval-mode actor, both clips at work; min over BOTH critics of the same pass; no
+    entropy."""
     agent, batch = make_agent(crossq_td3, updates=9), make_batch(50)
     obs, action, reward, done, next_obs = batch
     with torch.no_grad():
@@ -456,7 +470,8 @@ def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
     assert_gradients(
         agent, "critic", agent.critic_loss, (batch, {"noise": noise(2.0)}), loss, {"critic"}
     )
-    # The statistics are those of both halves, in all three layers; the actor and its statistics stay.
+    # The statistics are those of both halves, in all three layers; the actor and its statistics
+    # stay.
     for k, x in enumerate(seen):
         layer, old = (
             agent.critic.norms[k],
@@ -475,7 +490,8 @@ def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
 
 
 def test_td3_actor_gradient_is_that_of_the_minimum_of_eval_mode_critics():
-    """-min over BOTH critics, the actor in training mode on s alone, no noise; only the actor moves."""
+    """-min over BOTH critics, the actor in training mode on s alone, no noise; only the actor
+    moves."""
     agent, obs = make_agent(crossq_td3, updates=9), make_batch(50)[0]
     seen = []
     action = torch.tanh(forward(agent.actor, obs, "batch", seen))
@@ -508,7 +524,8 @@ def test_td3_statistics_move_in_their_own_updates_only():
 
 
 def test_td3_has_neither_target_networks_nor_a_temperature():
-    """The critic and the actor are all there is: in the state, among the modules and in the optimisers."""
+    """The critic and the actor are all there is: in the state, among the modules and in the
+    optimisers."""
     agent = make_agent(crossq_td3, updates=3)
     assert {name.split(".")[0] for name in agent.state_dict()} == {"critic", "actor"}
     assert {name for name, _ in agent.named_children()} == {"critic", "actor"}

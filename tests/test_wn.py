@@ -40,7 +40,8 @@ def neuron_norms(net, layer):
 
 
 def test_batch_norm_is_pytorchs():
-    """Forward, gradients and running statistics (with the biased variance) over six batches, then in evaluation."""
+    """Forward, gradients and running statistics (with the biased variance) over six batches, then
+    in evaluation."""
     torch.manual_seed(0)
     ours, theirs = (
         wn.BatchNorm((1, 7)).double(),
@@ -136,7 +137,8 @@ def no_epsilon(monkeypatch):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_scale_invariance_and_its_gradient(no_epsilon, layer):
-    """Theorems 4.1 and 4.2: c W, c b give the same outputs, and gradients by W, b that are 1 / c of what they were."""
+    """Theorems 4.1 and 4.2: c W, c b give the same outputs, and gradients by W, b that are 1 / c of
+    what they were."""
     agent = make_agent(wn, updates=3)
     net, x = (
         agent.critic,
@@ -206,7 +208,8 @@ def test_the_temperature_does_not_decay():
 
 
 def test_weight_decay_is_decoupled_and_of_the_output_layer(monkeypatch):
-    """With gradients of zero, a step multiplies the output layer by 1 - lr decay, and leaves all else."""
+    """With gradients of zero, a step multiplies the output layer by 1 - lr decay, and leaves all
+    else."""
     agent = make_agent(wn, updates=2, weight_decay=0.5)
     groups = agent.optimizers["critic"].param_groups
     optimizer = torch.optim.AdamW(groups, fused=True)  # without moments
@@ -221,11 +224,11 @@ def test_weight_decay_is_decoupled_and_of_the_output_layer(monkeypatch):
 
 
 def test_temperature():
-    """alpha_0 = 1, target entropy -dim(A) or as the flag says, its own rate."""
+    """alpha_0 = 0.01, target entropy -dim(A) or as the flag says, its own rate."""
     agent = make_agent(wn, alpha_lr=0.02)
-    assert agent.log_alpha.item() == 0 and agent.target_entropy == -ACTIONS
+    assert agent.log_alpha.exp().item() == pytest.approx(0.01) and agent.target_entropy == -ACTIONS
     assert agent.optimizers["alpha"].param_groups[0]["lr"] == 0.02
-    assert make_agent(wn, target_entropy=0.5).target_entropy == -ACTIONS / 2
+    assert make_agent(wn, entropy_factor=0.5).target_entropy == -ACTIONS / 2
 
 
 # ----------------------------------------------------------------------------- the two losses
@@ -240,7 +243,8 @@ def squashed(out, eps):
 
 
 def test_critic_loss():
-    """Both networks normalise the joint batch with its own statistics; the target's are its older weights."""
+    """Both networks normalise the joint batch with its own statistics; the target's are its older
+    weights."""
     agent, batch = make_agent(wn, updates=6, tau=0.1), make_batch(50)
     obs, action, reward, done, next_obs = batch
     next_action, log_prob = squashed(forward(agent.actor, next_obs, "running"), noise())
@@ -260,8 +264,9 @@ def test_critic_loss():
 
 
 def test_actor_loss():
-    """The actor in training mode on s alone, the critic frozen in evaluation mode; alpha (H - target) with it."""
-    agent, (obs, *_) = make_agent(wn, updates=6, target_entropy=0.3), make_batch(50)
+    """The actor in training mode on s alone, the critic frozen in evaluation mode; alpha (H -
+    target) with it."""
+    agent, (obs, *_) = make_agent(wn, updates=6, entropy_factor=0.3, alpha=1.0), make_batch(50)
     action, log_prob = squashed(forward(agent.actor, obs, "batch"), noise())
     q = forward(agent.critic, torch.cat([obs, action], -1), "running")[..., 0]
     assert both_are_lowest_somewhere(q)
@@ -298,7 +303,8 @@ def test_target_networks_running_statistics_never_move_and_never_matter():
 
 
 def test_target_network_follows_with_tau_and_is_not_projected():
-    """It starts as the critic, and takes up every update's projected weights, and batch norm's scale and bias."""
+    """It starts as the critic, and takes up every update's projected weights, and batch norm's
+    scale and bias."""
     agent = make_agent(wn, tau=0.25)
     expected = {name: p.detach().clone() for name, p in agent.critic.named_parameters()}
     for i in range(5):
@@ -336,7 +342,8 @@ def test_utd_5_is_five_critic_updates_and_the_policy_delay_counts_them(run_loop)
 
 
 def test_action_repeat_counts_environment_steps(run_loop):  # noqa: F811
-    """Rewards are summed, a repeat stops at the episode's end, steps are agent steps times the repeat."""
+    """Rewards are summed, a repeat stops at the episode's end, steps are agent steps times the
+    repeat."""
     flags = "--env-id tiny_envs:Truncated-v0 --action-repeat 4 --learning-starts 100 --total-timesteps 24"
     buffer = run_loop(wn, flags)["buffer"]
     obs, action, reward, done, next_obs = buffer.rows[: buffer.size].split(buffer.widths, -1)

@@ -5,10 +5,12 @@ import numpy as np
 
 
 class Constant(gym.Env):
-    """Observation in R^3, reward 1 per step, ended after `length` steps by termination or by truncation.
+    """Observation in R^3, reward 1 per step, ended after `length` steps by termination or by
+    truncation.
 
-    The observation: step in the episode / length, a number drawn at the reset, the last action's first entry.
-    Action bounds are +-0.4 in two dimensions, as Humanoid's, to show the scaling; `last_action` keeps what came.
+    The observation: step in the episode / length, a number drawn at the reset, the last action's
+    first entry. Action bounds are +-0.4 in two dimensions, as Humanoid's, to show the scaling;
+    `last_action` keeps what came.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)

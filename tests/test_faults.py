@@ -1,0 +1,365 @@
+"""What once went wrong or is easy to get wrong: compilers, endless episodes, tracebacks, signals,
+provenance, and the seam by which other programs extend a script."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import tiny_envs
+import torch
+from conftest import ROOT, command, environment
+from test_run import (  # noqa: F401
+    TINY,
+    assert_identical,
+    evaluations,
+    every_script,
+    load,
+    main,
+    own_env,
+    refused,
+    restored,
+    wait_for,
+    whole,
+)
+
+# --------------------------------------------------------------------------------- compilation
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_without_a_compiler_or_pythons_headers(main, whole, tmp_path, missing):  # noqa: F811
+    """One line, and the run ends as one that was never to be compiled."""
+    program = "import sys, sysconfig, crossq_sac\n"
+    if missing == "headers":
+        program += "sysconfig.get_path = lambda *_, **__: '/no/such/folder'\n"
+    program += "sys.exit(crossq_sac.main())"
+    env = environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env["PYTHONPATH"] += f":{ROOT}"
+    if missing == "compiler":
+        env["CXX"] = "/no/such/g++"
+    arguments = [sys.executable, "-c", program, *TINY, "--compile", "on", "--run-name", "a"]
+    end = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (end.returncode, end.stderr) == (0, "")
+    assert end.stdout.count("torch.compile does not work here") == 1
+    assert_identical(whole(main), "runs/a")
+
+
+@every_script
+def test_compile_auto_goes_by_the_updates_number_alone(main, monkeypatch):  # noqa: F811
+    """Extended, resumed or whole: compiled from the same update on. A short run never is."""
+    compiled = []
+    monkeypatch.setitem(main.module.COMPILE_AFTER, "auto", 30)
+    monkeypatch.setattr(
+        main.module, "compile_updates", lambda agent: compiled.append(agent.n_updates)
+    )
+    flags = [*TINY, "--utd", 1, "--compile", "auto"]
+    assert main(*flags, "--run-name", "short", "--total-timesteps", 70) == 0 and compiled == []
+    assert main(*flags, "--run-name", "whole", "--total-timesteps", 100) == 0 and compiled == [30]
+    assert main("--resume", "runs/short", "--total-timesteps", 90) == 0 and compiled == [30, 30]
+    assert main("--resume", "runs/short", "--total-timesteps", 100) == 0
+    assert compiled == [30, 30, 50]
+    assert_identical("runs/short", "runs/whole")
+
+
+def test_a_run_extended_past_the_switch_is_the_one_that_was_long_from_the_start(main, monkeypatch):  # noqa: F811
+    """Really compiled, bit by bit. So is one that is resumed after the switch."""
+    compiled, compile_updates = [], main.module.compile_updates
+
+    def spy(agent):
+        compile_updates(agent)
+        compiled.append((agent.n_updates, "gradients" in vars(agent)))
+
+    torch._dynamo.reset()  # it compiles a function only so many times in one process
+    monkeypatch.setitem(main.module.COMPILE_AFTER, "auto", 20)
+    monkeypatch.setattr(main.module, "compile_updates", spy)
+    assert main(*TINY, "--compile", "auto", "--run-name", "whole", "--total-timesteps", 80) == 0
+    assert main(*TINY, "--compile", "auto", "--run-name", "part", "--total-timesteps", 55) == 0
+    assert compiled == [(20, True)]  # in an agent of its own for every process
+    for steps in (70, 80):
+        assert main("--resume", "runs/part", "--total-timesteps", steps) == 0
+    assert compiled == [(20, True), (20, True), (30, True)]
+    assert_identical("runs/whole", "runs/part")
+
+
+# ------------------------------------------------------------------- episodes, suites, checkpoints
+
+
+def test_an_environment_without_a_time_limit(main, capsys, own_env, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(main.module, "LONGEST_EPISODE", 60)
+
+    def step(self, action):
+        obs, reward, *_ = tiny_envs.Constant.step(self, action)
+        return obs, reward, False, False, {}
+
+    assert main(*TINY, "--env-id", own_env(step=step), "--run-name", "a") == 0
+    assert [row["length"] for row in evaluations("runs/a")] == ["60"] * 6
+    assert capsys.readouterr().out.count("an episode was cut after 60 steps") == 6
+    assert len(load("runs/a")["run"]["actions"]) == 150 % 60
+
+
+ENDLESS = """
+import gymnasium, tiny_envs
+class Endless(tiny_envs.Constant):
+    def step(self, action):
+        if self.total_steps == 300:  # that far comes the evaluation's alone
+            open("evaluates", "w")
+        obs, *_ = super().step(action)
+        return obs, obs[2], False, False, {}
+gymnasium.register("Endless-v0", Endless, disable_env_checker=True)
+"""
+
+
+def test_a_signal_in_an_evaluation_without_end(main, tmp_path, monkeypatch):  # noqa: F811
+    """A real process ends at once; the resumed run is the one that was never interrupted."""
+    Path("endless.py").write_text(ENDLESS)
+    arguments = [*TINY, "--env-id", "endless:Endless-v0", "--total-timesteps", 60]
+    program = command("crossq_sac.py", *arguments, "--run-name", "part")
+    process = subprocess.Popen(program, cwd=tmp_path, env=environment())
+    wait_for(Path("evaluates").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    assert load("runs/part")["run"]["step"] == 50 and not evaluations("runs/part")
+    monkeypatch.setattr(main.module, "LONGEST_EPISODE", 100)  # not to wait so long
+    assert main(*arguments, "--run-name", "whole") == 0
+    assert main("--resume", "runs/part") == 0
+    assert_identical("runs/whole", "runs/part")
+    returns = [float(row["return"]) for row in evaluations("runs/part")]
+    assert len(returns) == 2 and 0 not in returns
+
+
+def test_evaluate_has_no_replay_buffer(main, monkeypatch):  # noqa: F811
+    assert main(*TINY, "--run-name", "a") == 0
+    loads, torch_load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(k) or torch_load(*a, **k))
+
+    def no_buffer(*_):
+        raise AssertionError("a replay buffer")
+
+    assert main("--evaluate", "runs/a", ReplayBuffer=no_buffer) == 0
+    assert [keywords["mmap"] for keywords in loads] == [True]
+
+
+def test_checkpoints_of_others_are_refused_by_name(main, capsys):  # noqa: F811
+    assert main(*TINY, "--run-name", "a") == 0
+    whole = load("runs/a")
+    for changes, named in (
+        ({"program": "crossq_td3"}, "a run of crossq_td3, not of crossq_sac"),
+        ({"program": None}, "an earlier version"),
+        ({"args": whole["args"] | {"novel_flag": 1}}, "novel_flag"),
+    ):
+        checkpoint = {k: v for k, v in (whole | changes).items() if v is not None}
+        torch.save(checkpoint, "runs/a/checkpoint.pt")
+        assert named in refused(main, capsys, "--resume", "runs/a")
+    assert "not both" in refused(main, capsys, "--resume", "runs/a", "--evaluate", "runs/a")
+
+
+def test_args_json_keeps_every_start(main):  # noqa: F811
+    assert main(*TINY, "--run-name", "a", "--total-timesteps", 20) == 0
+    first = json.loads(Path("runs/a/args.json").read_text())["starts"]
+    for steps in (30, 40):
+        assert main("--resume", "runs/a", "--total-timesteps", steps) == 0
+    starts = json.loads(Path("runs/a/args.json").read_text())["starts"]
+    assert len(starts) == 3 and starts[:1] == first
+
+
+# ------------------------------------------------------------------------------ the user's own bugs
+
+
+@pytest.mark.parametrize("error", [TypeError, OSError, ImportError, RuntimeError, KeyError])
+@pytest.mark.parametrize("where", ["__init__", "reset", "step"])
+def test_a_bug_in_the_users_environment_keeps_its_traceback(main, own_env, where, error):  # noqa: F811
+    def fail(self, *_, **__):
+        raise error("my own bug")
+
+    with pytest.raises(error, match="my own bug") as raised:
+        main(*TINY, "--env-id", own_env(**{where: fail}), "--run-name", "a")
+    names, cause = [], raised.value
+    while cause is not None:  # gymnasium raises a TypeError of a constructor once more
+        names += [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
+        cause = cause.__context__
+    assert "fail" in names
+
+
+def test_a_mistake_in_the_users_module_keeps_its_traceback(main):  # noqa: F811
+    for name, text, error in (
+        ("with_typo", "this is no Python", SyntaxError),
+        ("with_import", "import no_such_package_at_all", ModuleNotFoundError),
+    ):
+        Path(f"{name}.py").write_text(text)
+        with pytest.raises(error) as raised:
+            main(*TINY, "--env-id", f"{name}:X-v0")
+        assert f"{name}.py" in "".join(traceback.format_exception(raised.value))
+
+
+# ------------------------------------------------------------------------------ signals and threads
+
+
+def test_handlers_are_left_as_they_were(main, own_env):  # noqa: F811
+    def mine(number, frame):
+        pass
+
+    def bug(self, action):
+        raise ValueError
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, mine)
+    assert main(*TINY, "--run-name", "a", "--total-timesteps", 10) == 0
+    with pytest.raises(ValueError):
+        main(*TINY, "--env-id", own_env(step=bug), "--run-name", "b")
+    assert {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} == {mine}
+
+
+def test_main_works_in_a_thread(main):  # noqa: F811
+    codes = []
+    thread = threading.Thread(
+        target=lambda: codes.append(main(*TINY, "--run-name", "a", "--total-timesteps", 20))
+    )
+    thread.start()
+    thread.join()
+    assert codes == [0] and load("runs/a")["run"]["step"] == 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(tmp_path, number):
+    """The environment hangs, so the first one waits for ever."""
+    (tmp_path / "hanging.py").write_text(
+        "import time, gymnasium, tiny_envs\n"
+        "class Hanging(tiny_envs.Constant):\n"
+        "    def step(self, action):\n"
+        "        open('hangs', 'w')\n"
+        "        for _ in range(1000): time.sleep(0.1)\n"
+        "gymnasium.register('Hanging-v0', Hanging, disable_env_checker=True)\n"
+    )
+    arguments = command("crossq_sac.py", *TINY, "--env-id", "hanging:Hanging-v0")
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment())
+    wait_for((tmp_path / "hangs").exists)
+    process.send_signal(number)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(20) == -number
+
+
+def test_the_progress_bar_is_closed_and_the_search_path_grows_once(main, capsys, monkeypatch):  # noqa: F811
+    bars = []
+
+    class Bar(main.module.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False})
+            self.closings = 0
+            bars.append(self)
+
+        def close(self):
+            super().close()
+            self.closings = getattr(self, "closings", 0) + 1
+
+    monkeypatch.setattr(main.module, "tqdm", Bar)
+    assert main(*TINY, "--run-name", "a") == 0
+    with pytest.raises(SystemExit):
+        main(*TINY, "--run-name", "b", "--env-id", "tiny_envs:NanObs-v0")
+    assert len(bars) == 2 and all(bar.closings for bar in bars)
+    assert sys.path.count(os.getcwd()) == 1
+
+
+# -------------------------------------------------------------------------------- the seam
+
+MY_ALGORITHM = """
+import dataclasses
+import sys
+import torch
+import crossq_sac as script
+
+@dataclasses.dataclass
+class Args(script.Args):
+    subset: int = 1  # critics in the target
+    strength: float = 0.5  # of the random actions
+    MAY_BE_ZERO = script.Args.MAY_BE_ZERO | {"strength"}
+
+class Agent(script.Agent):
+    def draw(self, batch, rng):
+        which = torch.randperm(self.args.n_critics, generator=rng)[: self.args.subset]
+        return super().draw(batch, rng) | {"which": which}
+
+    def target_q(self, next_q, draws):
+        return next_q[draws["which"]].min(0).values
+
+    def random_action(self, rng):
+        return super().random_action(rng) * self.args.strength
+
+def evaluate(agent, env, step, run_dir):
+    rows = script.evaluate(agent, env, step, run_dir)
+    return [(*row[:2], float(agent.act(env.reset(seed=1)[0])[0]), *row[3:]) for row in rows]
+
+def main(argv=None):
+    return script.main(argv, Args=Args, Agent=Agent, evaluate=evaluate)
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def test_a_users_own_algorithm(main, capsys, tmp_path):  # noqa: F811
+    """A file of its own, with a flag of its own; its runs bear its name, and it resumes exactly."""
+    Path("my_algorithm.py").write_text(MY_ALGORITHM)
+    env = environment()
+    env["PYTHONPATH"] += f":{ROOT}"
+    arguments = [sys.executable, "my_algorithm.py", *TINY, "--strength", "0.25"]
+    subprocess.run(arguments, cwd=tmp_path, env=env, check=True)
+    (whole,) = Path("runs").iterdir()  # noqa: F811
+    assert "__my_algorithm__1__" in whole.name
+    rows, returns = load(whole)["rows"], {row["return"] for row in evaluations(whole)}
+    assert rows[:40, 3:5].abs().max() <= 0.25 < rows[40:, 3:5].abs().max()
+    assert len(returns) == 3 and "10.0" not in returns
+
+    sys.path.insert(0, str(tmp_path))
+    mine = importlib.import_module("my_algorithm")
+    part = ["--run-name", "part", "--total-timesteps", "90"]
+    assert mine.main([*TINY, "--strength", "0.25", *part]) == 0
+    refusal = refused(main, capsys, "--resume", "runs/part")
+    assert "a run of my_algorithm, not of crossq_sac" in refusal
+    assert "subset" in refused(mine.main, capsys, ["--resume", "runs/part", "--subset", "2"])
+    assert mine.main(["--resume", "runs/part", "--total-timesteps", "150"]) == 0
+    assert_identical(whole, "runs/part")
+    assert mine.main([*TINY, "--strength", "0", "--run-name", "still"]) == 0
+    assert not load("runs/still")["rows"][:40, 3:5].any()
+    plain = load(whole)["agent"]["critic.weights.0"]
+    assert mine.main([*TINY, "--strength", "0.25", "--subset", "2", "--run-name", "both"]) == 0
+    assert not torch.equal(plain, load("runs/both")["agent"]["critic.weights.0"])
+
+
+def test_make_critic_and_reset(main):  # noqa: F811
+    """Networks of one's own, and fresh ones on the way: the optimisers follow."""
+    agents = []
+
+    class Agent(main.module.Agent):
+        program = "mine"
+
+        def make_critic(self):
+            critic = super().make_critic()
+            critic.extra = torch.nn.Parameter(torch.zeros(()))
+            return critic
+
+        def update(self, batch, rng):
+            if self.n_updates == 20:
+                old = self.critic
+                self.reset()
+                agents.append((old, self.critic))
+            return super().update(batch, rng)
+
+        def critic_loss(self, batch, draws):
+            loss, info = super().critic_loss(batch, draws)
+            return loss + 0 * self.critic.extra, info
+
+    assert main(*TINY, "--run-name", "whole", Agent=Agent) == 0
+    old, new = agents[0]
+    assert not torch.equal(old.weights[0], new.weights[0])
+    assert main(*TINY, "--run-name", "part", "--total-timesteps", 90, Agent=Agent) == 0
+    assert main("--resume", "runs/part", "--total-timesteps", 150, Agent=Agent) == 0
+    assert_identical("runs/whole", "runs/part")
