@@ -1,42 +1,55 @@
 #!/usr/bin/env bash
 # Runs a grid of scripts x environments x seeds, on this machine or as a Slurm job array.
 #
-#   benchmark/run.sh quick                        all four scripts, small and short: under half an hour on 2 cores
-#   benchmark/run.sh mujoco --seeds "1 2 3"       a preset, in part
+#   benchmark/run.sh quick                      all four scripts, small and short: under half an
+#                                               hour on 2 cores
+#   benchmark/run.sh mujoco --seeds "1 2 3"     a part of a preset
 #   benchmark/run.sh mujoco --launcher slurm --partition gpu --gpus 1 --time 24:00:00 --jobs 50
-#   benchmark/run.sh --scripts "crossq_sac sac_baseline" --envs "Hopper-v4 Ant-v4" --seeds "1 2" --steps 100000
+#   benchmark/run.sh --scripts "crossq_sac sac_baseline" --envs "Hopper-v4 Ant-v4" --steps 100000
+#   benchmark/run.sh --setting "crossq_sac --brn-warmup 5000" --envs Hopper-v4 --seeds "1 2"
 #   benchmark/run.sh --setting "ablate crossq_sac --critic-norm ln" --envs my_module:MyEnv-v0
 #
-# The same call again skips the runs that have finished, resumes the others, and starts the rest; with a larger --steps it
-# takes finished ones further. Ctrl-C or SIGTERM lets every run write a checkpoint first. A failing run stops no other.
+# The same call again skips the runs that have finished, resumes the others and starts the rest.
+# With a larger --steps it takes the finished ones further. Ctrl-C and SIGTERM let every run write a
+# checkpoint first. A run that fails stops no other.
 #
-# Presets; what is given besides replaces their parts (--flags: is added to them):
-#   mujoco       CrossQ's MuJoCo tasks; crossq_sac, crossq_td3, sac_baseline; 10 seeds of 1M steps
-#   dmc          the 15 DeepMind Control tasks of CrossQ + WN; crossq_wn_highutd, crossq_sac, sac_baseline; 10 x 1M
-#   myosuite     its 10 MyoSuite tasks; the same scripts; 10 x 1M
-#   ablations    CrossQ's ablations, on its MuJoCo tasks; 5 x 1M
-#   utd-scaling  crossq_wn_highutd at UTD 1, 2, 5 with and without weight normalisation, on dmc's tasks; 10 x 1M
-#   quick        all four on two cheap tasks, 256 wide, 3 x 5000 steps; plots at the end. Updates begin at step 1000,
-#                those of the published runs at 5000. crossq_wn_highutd with UTD 2, and with
-#                the rates and the target entropy of its paper's second version
+# Presets. What is given besides replaces their parts; --flags is added to them:
+#   mujoco       CrossQ's MuJoCo tasks with crossq_sac, crossq_td3 and sac_baseline; 10 seeds of
+#                1M steps
+#   dmc          the 15 DeepMind Control tasks of CrossQ + WN with crossq_wn_highutd, crossq_sac and
+#                sac_baseline; 10 seeds of 1M steps
+#   myosuite     its 10 MyoSuite tasks with the same scripts; 10 seeds of 1M steps
+#   ablations    CrossQ's ablations on its MuJoCo tasks; 5 seeds of 1M steps
+#   utd-scaling  crossq_wn_highutd at UTD 1, 2 and 5, with and without weight normalisation, on the
+#                tasks of dmc; 10 seeds of 1M steps
+#   quick        all four scripts on two cheap tasks, 256 wide; 3 seeds of 5000 steps, and plots at
+#                the end. Updates begin at step 1000, those of the published runs at 5000.
+#                crossq_wn_highutd has UTD 2, and the learning rates and the target entropy of its
+#                paper's second version
 #
 # What to run:
-#   --scripts "A B"   --envs "E F"   --seeds "1 2" (default 1)   --steps N (environment steps; default 1000000)
-#   --setting "A --flag ..."   one more script, with flags of its own; may be repeated. "ablate A --flag ..." runs it
-#                              through benchmark/ablate.py, for the flags that this adds
+#   --scripts "A B"   --envs "E F"   --seeds "1 2" (default: 1)
+#   --steps N                  environment steps (default: 1000000)
+#   --setting "A --flag ..."   one more script, with flags of its own; may be repeated.
+#                              "ablate A --flag ..." runs it through benchmark/ablate.py, for the
+#                              flags that this adds
 #   --flags "..."              flags for every run
 # Where and how:
-#   --out DIR          the runs are DIR/runs/NAME, or DIR/NAME if DIR is called runs, as by default
-#   --workers N        runs at a time (default: the visible GPUs x --jobs-per-gpu, without GPUs the CPUs)
-#   --jobs-per-gpu N   (default 1)
+#   --out DIR          the runs are DIR/runs/NAME, or DIR/NAME if DIR is called runs (the default)
+#   --workers N        runs at a time (default: the visible GPUs x --jobs-per-gpu; without GPUs, the
+#                      number of CPUs)
+#   --jobs-per-gpu N   (default: 1)
 #   --dry-run          only print the commands
-#   --launcher slurm   submit one job array, a run per task, which is requeued and resumes at its time limit
-#   --partition --gpus --time --account    handed to sbatch, per run;   --jobs N   at most N at a time
-#   --sbatch "..."     more options for it, for example "--cpus-per-task=2 --mem=8G"
+#   --launcher slurm   submit one job array with a run per task; a task is requeued at its time limit
+#                      and resumes
+#   --partition --gpus --time --account    are handed to sbatch, for each run
+#   --jobs N                               at most N tasks at a time
+#   --sbatch "..."     more options for sbatch, for example "--cpus-per-task=2 --mem=8G"
 #
-# NAME is ENV__SCRIPT+FLAGS__SEED. In a run's folder, log.txt is its output; `finished` marks its end and holds the steps.
-# PYTHON is the interpreter (default: python). Exit code: 0 all finished (Slurm: submitted), 1 not all, 2 a wrong argument,
-# 130 or 143 stopped by a signal.
+# NAME is ENV__SCRIPT+FLAGS__SEED. In a run's folder, log.txt is its output, and `finished` marks its
+# end and holds the number of steps. The environment variable PYTHON is the interpreter (default:
+# python). Exit code: 0 if all runs have finished (with Slurm: are submitted), 1 if not all have, 2
+# after a wrong argument, 130 or 143 after a signal.
 
 set -euo pipefail -f # -f: lists are split into words, but never globbed
 self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
@@ -100,10 +113,12 @@ case $preset in
     default seeds "1 2 3 4 5"
     with crossq_sac "crossq_sac --"{"critic-width 256","adam-beta1 0.9","policy-delay 1","n-critics 1"}
     with "ablate crossq_sac --"{"bn-momentum 0.9","actor-norm none",bootstrap-at-termination}
-    with "ablate crossq_sac --critic-norm "{bn,ln,none} # figures 9, 10, 13
+    with "ablate crossq_sac --critic-norm "{bn,ln,none} # figures 9, 10 and 13
     with sac_baseline "sac_baseline --"{"critic-width 2048","utd 20 --policy-delay 20"}
-    with "ablate sac_baseline --critic-norm brn --target-stats "{own,live} # figures 9, 13
-    with "ablate sac_baseline --tau 1 --activation "{relu,tanh,relu6,sin,elu,glu,relu-over-max,layernormed-relu} ;; # 16
+    with "ablate sac_baseline --critic-norm brn --target-stats "{own,live} # figure 9; live: figure 13
+    # Figure 16.
+    with "ablate sac_baseline --tau 1 --activation "{relu,tanh,relu6,sin,elu,glu} \
+      "ablate sac_baseline --tau 1 --activation "{relu-over-max,layernormed-relu} ;;
   utd-scaling)
     default envs "$dmc"
     with "crossq_wn_highutd --utd "{1,2,5} "ablate crossq_wn_highutd --weight-norm none --utd "{1,2,5} ;;

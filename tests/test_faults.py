@@ -148,13 +148,13 @@ def test_evaluate_has_no_replay_buffer(main, monkeypatch):  # noqa: F811
 
 def test_checkpoints_of_others_are_refused_by_name(main, capsys):  # noqa: F811
     assert main(*TINY, "--run-name", "a") == 0
-    whole = load("runs/a")
+    saved = load("runs/a")
     for changes, named in (
         ({"program": "crossq_td3"}, "a run of crossq_td3, not of crossq_sac"),
         ({"program": None}, "an earlier version"),
-        ({"args": whole["args"] | {"novel_flag": 1}}, "novel_flag"),
+        ({"args": saved["args"] | {"novel_flag": 1}}, "novel_flag"),
     ):
-        checkpoint = {k: v for k, v in (whole | changes).items() if v is not None}
+        checkpoint = {k: v for k, v in (saved | changes).items() if v is not None}
         torch.save(checkpoint, "runs/a/checkpoint.pt")
         assert named in refused(main, capsys, "--resume", "runs/a")
     assert "not both" in refused(main, capsys, "--resume", "runs/a", "--evaluate", "runs/a")
@@ -312,9 +312,9 @@ def test_a_users_own_algorithm(main, capsys, tmp_path):  # noqa: F811
     env["PYTHONPATH"] += f":{ROOT}"
     arguments = [sys.executable, "my_algorithm.py", *TINY, "--strength", "0.25"]
     subprocess.run(arguments, cwd=tmp_path, env=env, check=True)
-    (whole,) = Path("runs").iterdir()  # noqa: F811
-    assert "__my_algorithm__1__" in whole.name
-    rows, returns = load(whole)["rows"], {row["return"] for row in evaluations(whole)}
+    (run,) = Path("runs").iterdir()
+    assert "__my_algorithm__1__" in run.name
+    rows, returns = load(run)["rows"], {row["return"] for row in evaluations(run)}
     assert rows[:40, 3:5].abs().max() <= 0.25 < rows[40:, 3:5].abs().max()
     assert len(returns) == 3 and "10.0" not in returns
 
@@ -326,10 +326,10 @@ def test_a_users_own_algorithm(main, capsys, tmp_path):  # noqa: F811
     assert "a run of my_algorithm, not of crossq_sac" in refusal
     assert "subset" in refused(mine.main, capsys, ["--resume", "runs/part", "--subset", "2"])
     assert mine.main(["--resume", "runs/part", "--total-timesteps", "150"]) == 0
-    assert_identical(whole, "runs/part")
+    assert_identical(run, "runs/part")
     assert mine.main([*TINY, "--strength", "0", "--run-name", "still"]) == 0
     assert not load("runs/still")["rows"][:40, 3:5].any()
-    plain = load(whole)["agent"]["critic.weights.0"]
+    plain = load(run)["agent"]["critic.weights.0"]
     assert mine.main([*TINY, "--strength", "0.25", "--subset", "2", "--run-name", "both"]) == 0
     assert not torch.equal(plain, load("runs/both")["agent"]["critic.weights.0"])
 

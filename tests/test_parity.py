@@ -33,17 +33,12 @@ class Box(gym.Env):
 
 @pytest.fixture
 def reference(monkeypatch):
-    """reference(class, ...) is their model in float64; model.noise keeps what it draws in a
-    training step."""
+    """reference(class, ...) is their model in float64; model.noise keeps what it draws."""
 
     def make(algorithm, **arguments):
         torch.manual_seed(0)
-        kwargs = {
-            "batch_size": BATCH,
-            "device": "cpu",
-            "policy_kwargs": {"net_arch": [WIDTH, WIDTH]},
-        }
-        model = algorithm("MlpPolicy", Box(), **kwargs, **arguments)
+        arguments |= {"batch_size": BATCH, "policy_kwargs": {"net_arch": [WIDTH, WIDTH]}}
+        model = algorithm("MlpPolicy", Box(), device="cpu", **arguments)
         model.set_logger(configure(None, []))
         model.policy.double()
         model.log_ent_coef.data = model.log_ent_coef.data.double()
@@ -53,8 +48,7 @@ def reference(monkeypatch):
         # 1. They add 1e-6 inside the logarithm of the tanh correction.
         model.actor.action_dist.epsilon = 0.0
         # 2. Their temperature's loss is log alpha * (H - target), ours alpha * (H - target): the
-        # same sign, alpha times
-        #    the gradient.
+        #    same sign, alpha times the gradient.
         model.log_ent_coef.register_hook(
             lambda gradient: gradient * model.log_ent_coef.detach().exp()
         )
@@ -83,33 +77,24 @@ def weights_of(model) -> dict[str, torch.Tensor]:
         join = torch.stack if "critic" in prefix else torch.cat  # our critics are one ensemble
         norms = [[m for m in net if isinstance(m, BatchRenorm)] for net in members]
         for k, layers in enumerate(zip(*norms)):
-            names = {
-                "scale": "scale",
-                "bias": "bias",
-                "running_mean": "ra_mean",
-                "running_var": "ra_var",
-            }
+            names = {"scale": "scale", "bias": "bias"}
+            names |= {"running_mean": "ra_mean", "running_var": "ra_var"}
             for ours, theirs in names.items():
-                out[f"{prefix}.norms.{k}.{ours}"] = join(
-                    [getattr(layer, theirs)[None] for layer in layers]
-                )
+                parts = [getattr(layer, theirs)[None] for layer in layers]
+                out[f"{prefix}.norms.{k}.{ours}"] = join(parts)
             out[f"{prefix}.norms.{k}.steps"] = layers[0].steps
         linears = [[m for m in net if isinstance(m, torch.nn.Linear)] for net in members]
         for k, layers in enumerate(zip(*linears)):
             out[f"{prefix}.weights.{k}"] = join([layer.weight.T for layer in layers])
             out[f"{prefix}.biases.{k}"] = join([layer.bias[None] for layer in layers])
-    for name in (
-        "actor.weights",
-        "actor.biases",
-    ):  # our actor's last layer holds both heads: mean, log_std
+    for name in ("actor.weights", "actor.biases"):  # our last layer has both: mean and log_std
         out[f"{name}.2"] = torch.cat([out.pop(f"{name}.{k}") for k in (2, 3)], -1)
     return {name: tensor.detach().clone() for name, tensor in out.items()}
 
 
-def compare(model, module, draws, policy_delay, monkeypatch):
-    """UPDATES times model.train() beside agent.update(); `draws` says what their noise is for, in
-    their order."""
-    args = module.Args(critic_width=WIDTH, actor_width=WIDTH, batch_size=BATCH, compile="off")
+def compare(model, module, draws, policy_delay, monkeypatch, **changes):
+    """UPDATES times model.train() beside agent.update(); `draws`: what each noise of theirs is for."""
+    args = module.Args(critic_width=WIDTH, actor_width=WIDTH, **changes)
     agent = module.Agent(OBS, ACTIONS, args).double()
     agent.load_state_dict(weights_of(model))  # strict: every tensor of ours has one of theirs
     queue = []
@@ -135,32 +120,49 @@ def compare(model, module, draws, policy_delay, monkeypatch):
             assert info["losses/actor"].item() == pytest.approx(logged["train/actor_loss"], **close)
             assert info["diagnostics/alpha"].log().item() == pytest.approx(before, abs=1e-12)
             assert abs(agent.log_alpha.item() - before) > 1e-4
-            assert agent.log_alpha.grad.item() == pytest.approx(
-                model.log_ent_coef.grad.item(), **close
-            )
+            gradient = model.log_ent_coef.grad.item()
+            assert agent.log_alpha.grad.item() == pytest.approx(gradient, **close)
         ours = agent.state_dict()
         for name, theirs in weights_of(model).items():
             assert torch.allclose(ours[name], theirs, rtol=1e-8, atol=1e-8), (update, name)
+    return agent
 
 
-def test_nine_updates_agree_with_sb3_contrib(reference, monkeypatch):
-    """crossq_sac.py against CrossQ, over three policy delays."""
-    model = reference(sb3_contrib.CrossQ)
-    # 3. Its batch variance is the unbiased one.
+@pytest.fixture
+def biased_variance(monkeypatch):
+    """3. The batch variance of sb3-contrib is the unbiased one."""
     var = torch.Tensor.var
     monkeypatch.setattr(torch.Tensor, "var", lambda self, dim: var(self, dim=dim, correction=0))
-    # Its form of r and d, and `>` for the end of the warm-up, differ too, but only after 100 000
-    # updates.
-    compare(model, crossq_sac, ["next_obs", "obs"], 3, monkeypatch)
+
+
+def test_nine_updates_agree_with_sb3_contrib(reference, biased_variance, monkeypatch):
+    """crossq_sac.py against CrossQ, over three policy delays, in the warm-up of batch renorm."""
+    compare(reference(sb3_contrib.CrossQ), crossq_sac, ["next_obs", "obs"], 3, monkeypatch)
+
+
+def test_nine_updates_agree_with_sb3_contrib_after_the_warm_up(
+    reference, biased_variance, monkeypatch
+):
+    """The same, where the first training forward of a layer is all of its warm-up."""
+    model = reference(sb3_contrib.CrossQ)
+    for layer in model.policy.modules():
+        if isinstance(layer, BatchRenorm):
+            layer.warmup_steps = 0  # 4. It ends one forward later than ours.
+            layer.eps = 0.0  # 5. It has epsilon in other places. Without, its formula is ours.
+        if isinstance(layer, torch.nn.Linear):  # so that no unit is dead, of variance 0
+            torch.nn.init.constant_(layer.bias, 1.0)
+    monkeypatch.setattr(crossq_sac.BatchRenorm, "eps", 0.0)
+    agent = compare(model, crossq_sac, ["next_obs", "obs"], 3, monkeypatch, brn_warmup=1)
+    for net in (agent.critic, agent.actor):
+        for norm in net.norms:
+            assert (norm.r != 1).any() and (norm.d != 0).any()
 
 
 def test_nine_updates_agree_with_stable_baselines3(reference, monkeypatch):
     """sac_baseline.py against SAC, target networks too."""
     arguments = {"learning_rate": 1e-3, "ent_coef": "auto_1.0", "tau": 0.005, "gamma": 0.99}
     model = reference(SAC, **arguments)
-    with (
-        torch.no_grad()
-    ):  # a target network that follows the critic from afar: mistaking one for the other shows
+    with torch.no_grad():  # a target network far from the critic: mistaking one for the other shows
         for p in model.critic_target.parameters():
             p += 0.1 * torch.randn_like(p)
     # 3. It draws the noise of pi(obs) before that of pi(next_obs).

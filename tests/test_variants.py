@@ -1,5 +1,4 @@
-"""What is particular to sac_baseline.py and to crossq_td3.py, against formulas written down here a
-second time."""
+"""What sac_baseline.py and crossq_td3.py alone do, against formulas written down a second time."""
 
 import math
 
@@ -18,31 +17,19 @@ SCRIPTS = pytest.mark.parametrize("script", [sac_baseline, crossq_td3], ids=["sa
 def make_batch(seed=0):
     g = torch.Generator().manual_seed(seed)
     obs, next_obs = torch.randn(2, BATCH, OBS, generator=g).double()
-    next_obs = (
-        2 * next_obs + 0.5
-    )  # distributed unlike obs: batch statistics of one half are not those of both
+    next_obs = 2 * next_obs + 0.5  # so that the statistics of one half are not those of both
     action = torch.rand(BATCH, ACTIONS, generator=g).double() * 2 - 1
-    reward, done = (
-        torch.randn(BATCH, generator=g).double(),
-        (torch.rand(BATCH, generator=g) < 0.25).double(),
-    )
+    reward = torch.randn(BATCH, generator=g).double()
+    done = (torch.rand(BATCH, generator=g) < 0.25).double()
     return [obs, action, reward, done, next_obs]
 
 
 def make_agent(script, updates=0, **changes):
-    """A small agent in float64, after some updates: nothing is at its initial value, nor the same
-    as anything else."""
+    """A small agent in float64; after some updates nothing is at its initial value."""
     torch.manual_seed(0)
-    small = {
-        "critic_width": 16,
-        "actor_width": 16,
-        "batch_size": BATCH,
-        "gamma": GAMMA,
-        "compile": "off",
-    }
-    agent = script.Agent(
-        OBS, ACTIONS, script.Args(**small | {"critic_lr": 0.01, "actor_lr": 0.01} | changes)
-    ).double()
+    small = {"critic_width": 16, "actor_width": 16, "gamma": GAMMA}
+    args = script.Args(**small | {"critic_lr": 0.01, "actor_lr": 0.01} | changes)
+    agent = script.Agent(OBS, ACTIONS, args).double()
     for i in range(updates):
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
     return agent
@@ -53,11 +40,9 @@ def noise(scale=1.0):
 
 
 def forward(net, x, norm=None, seen=None):
-    """The network's output by hand; norm: None, "batch" (statistics of x) or "running". `seen`
-    keeps the norms' inputs.
+    """The network's output by hand; norm: None, "batch" (statistics of x) or "running".
 
-    "batch" is CrossQ's training mode here: these tests stay in its warm-up, which is plain batch
-    norm.
+    "batch" is CrossQ's training mode in its warm-up. `seen` keeps the inputs of the norms.
     """
     for k, (weight, bias) in enumerate(zip(net.weights, net.biases)):
         x = x.clamp(min=0) if k else x
@@ -82,19 +67,18 @@ def same(a: dict, b: dict) -> bool:
 
 
 def assert_gradients(agent, optimizer, loss, inputs, expected_loss, names):
-    """descend() leaves the gradient of expected_loss in the named optimiser's parameters, which are
-    those of `names` and no others."""
-    optimizer_name, optimizer = optimizer, agent.optimizers[optimizer]
-    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """descend() leaves the gradient of expected_loss in the parameters of the named optimiser, which
+    are those of `names` and no others."""
+    groups = agent.optimizers[optimizer].param_groups
+    ours = {id(p) for group in groups for p in group["params"]}
     named = {name: p for name, p in agent.named_parameters() if id(p) in ours}
     assert {name.split(".")[0] for name in named} == names and len(ours) == len(named)
     assert ours == {id(p) for name, p in agent.named_parameters() if name.split(".")[0] in names}
     gradients = torch.autograd.grad(expected_loss, list(named.values()))
-    agent.descend(optimizer_name, loss, *inputs)
+    agent.descend(optimizer, loss, *inputs)
     for (name, p), expected in zip(named.items(), gradients):
-        assert expected.abs().max() > 1e-6 and torch.allclose(
-            p.grad, expected, rtol=1e-7, atol=1e-9
-        ), name
+        assert expected.abs().max() > 1e-6, name
+        assert torch.allclose(p.grad, expected, rtol=1e-7, atol=1e-9), name
 
 
 def copy_of_rng(rng):
@@ -108,11 +92,10 @@ def both_are_lowest_somewhere(q):
 
 @pytest.fixture
 def run_loop(tmp_path, monkeypatch):
-    """run_loop(script, flags, updates=True): the script's own loop on a tiny environment; its agent
-    and its buffer.
+    """run_loop(script, flags): the script's own loop on a tiny environment.
 
-    Also the initial state of the agent, and all noise that it acted on; updates=False leaves the
-    updates out.
+    It returns the agent, its initial state, the noise that it acted on, and the buffer;
+    updates=False leaves the updates out.
     """
 
     def run(script, flags, updates=True):
@@ -136,7 +119,8 @@ def run_loop(tmp_path, monkeypatch):
                 super().__init__(*args)
                 made["buffer"] = self
 
-        small = "--critic-width 16 --actor-width 16 --batch-size 32 --compile off --device cpu --eval-every 1000000"
+        small = "--critic-width 16 --actor-width 16 --batch-size 32 --compile off --device cpu"
+        small += " --eval-every 1000000"
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
             arguments = [*small.split(), *flags.split()]
@@ -151,45 +135,30 @@ def run_loop(tmp_path, monkeypatch):
 
 def test_settings():
     """Table 1 of the CrossQ paper, and TD3's noise."""
-    shared = {
-        "n_critics": 2,
-        "actor_width": 256,
-        "utd": 1,
-        "batch_size": 256,
-        "buffer_size": 1_000_000,
-        "gamma": 0.99,
-    }
-    shared |= {"learning_starts": 5000, "critic_lr": 1e-3, "actor_lr": 1e-3}
-    sac = {
-        "critic_width": 256,
-        "adam_beta1": 0.9,
-        "tau": 0.005,
-        "policy_delay": 1,
-        "alpha": 1.0,
-        "alpha_lr": 1e-3,
-    }
+    shared = {"n_critics": 2, "actor_width": 256, "utd": 1, "batch_size": 256, "gamma": 0.99}
+    shared |= {"buffer_size": 1_000_000, "learning_starts": 5000}
+    shared |= {"critic_lr": 1e-3, "actor_lr": 1e-3}
+    sac = {"critic_width": 256, "adam_beta1": 0.9, "policy_delay": 1}
+    sac |= {"tau": 0.005, "alpha": 1.0, "alpha_lr": 1e-3}
     td3 = {"critic_width": 2048, "adam_beta1": 0.5, "policy_delay": 3}
     td3 |= {"exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5}
     for script, settings, beta in ((sac_baseline, sac, 0.9), (crossq_td3, td3, 0.5)):
         args = vars(script.Args())
         assert {name: args[name] for name in shared | settings} == shared | settings
         agent = make_agent(script, critic_lr=1e-3, actor_lr=1e-3)
-        groups = [
-            group for optimizer in agent.optimizers.values() for group in optimizer.param_groups
-        ]
-        rates = [
-            (group["lr"], group["betas"], group["eps"], group["weight_decay"]) for group in groups
-        ]
-        assert rates[:2] == 2 * [(1e-3, (beta, 0.999), 1e-8, 0)]
-        assert rates[2:] == [(1e-3, (0.9, 0.999), 1e-8, 0)] * (
-            script is sac_baseline
-        )  # the temperature
+        rates = {}
+        for name, optimizer in agent.optimizers.items():
+            (group,) = optimizer.param_groups
+            rates[name] = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+        expected = dict.fromkeys(("critic", "actor"), (1e-3, (beta, 0.999), 1e-8, 0))
+        if script is sac_baseline:
+            expected["alpha"] = 1e-3, (0.9, 0.999), 1e-8, 0
+        assert rates == expected
 
 
 @SCRIPTS
 def test_both_updates_take_the_batch_and_noise_of_their_own(script):
-    """Standard normal, independent per row, dimension and update, and in SAC between the critic's
-    and the actor's."""
+    """Standard normal, independent per row, dimension and update, and of critic and actor."""
     agent, calls = make_agent(script, policy_delay=1), {"critic_loss": [], "actor_loss": []}
     for name in calls:
         loss = getattr(agent, name)
@@ -225,8 +194,7 @@ def sample(agent, obs, standard_normal):
 
 
 def test_sac_critic_gradient_is_that_of_the_target_network():
-    """r + gamma (1 - done) (min of BOTH target critics - alpha log pi), where the target network is
-    not the critic."""
+    """r + gamma (1 - done) (min of BOTH target critics - alpha log pi); their weights are older."""
     agent, batch = make_agent(sac_baseline, updates=9), make_batch(50)
     obs, action, reward, done, next_obs = batch
     with torch.no_grad():
@@ -236,19 +204,16 @@ def test_sac_critic_gradient_is_that_of_the_target_network():
         next_q = forward(agent.target_critic, next_pair)[..., 0]
         online = forward(agent.critic, next_pair)[..., 0]
         assert both_are_lowest_somewhere(next_q) and (next_q - online).abs().mean() > 0.01
-        target = reward + GAMMA * (1 - done) * (
-            torch.minimum(next_q[0], next_q[1]) - 0.3 * log_prob
-        )
+        next_value = torch.minimum(next_q[0], next_q[1]) - 0.3 * log_prob
+        target = reward + GAMMA * (1 - done) * next_value
     q = forward(agent.critic, torch.cat([obs, action], -1))[..., 0]
     loss = ((q[0] - target) ** 2).mean() / 2 + ((q[1] - target) ** 2).mean() / 2
-    assert_gradients(
-        agent, "critic", agent.critic_loss, (batch, {"noise": noise()}), loss, {"critic"}
-    )
+    inputs = batch, {"noise": noise()}
+    assert_gradients(agent, "critic", agent.critic_loss, inputs, loss, {"critic"})
 
 
 def test_sac_actor_gradient_is_that_of_the_critic():
-    """alpha log pi - min over BOTH critics, not their targets; the temperature's: alpha (H + dim
-    A), alpha trained."""
+    """alpha log pi - min over BOTH critics, not their targets; the temperature's: alpha (H + dim A)."""
     agent, obs = make_agent(sac_baseline, updates=9), make_batch(50)[0]
     with torch.no_grad():
         agent.log_alpha.fill_(math.log(0.3))
@@ -259,9 +224,8 @@ def test_sac_actor_gradient_is_that_of_the_critic():
     critics = copy_of(agent.critic), copy_of(agent.target_critic)
     inputs = [obs], {"noise": noise()}
     assert_gradients(agent, "actor", agent.actor_loss, inputs, loss, {"actor"})
-    assert same(critics[0], copy_of(agent.critic)) and same(
-        critics[1], copy_of(agent.target_critic)
-    )
+    assert same(critics[0], copy_of(agent.critic))
+    assert same(critics[1], copy_of(agent.target_critic))
     entropy = -log_prob.detach().mean()
     loss = agent.log_alpha.exp() * (entropy + ACTIONS)
     assert_gradients(agent, "alpha", agent.alpha_loss, [entropy], loss, {"log_alpha"})
@@ -289,10 +253,8 @@ def test_target_network_follows_every_critic_update_by_tau(tau):
     """From a start equal to the critic; with tau 1 it is a copy, bit for bit."""
     agent = make_agent(sac_baseline, tau=tau)
     start, critics = copy_of(agent.critic), []
-    assert (
-        same(start, copy_of(agent.target_critic))
-        and start.keys() == copy_of(agent.target_critic).keys()
-    )
+    assert same(start, copy_of(agent.target_critic))
+    assert start.keys() == copy_of(agent.target_critic).keys()
     for i in range(7):
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
         critics.append(copy_of(agent.critic))
@@ -304,8 +266,7 @@ def test_target_network_follows_every_critic_update_by_tau(tau):
 
 
 def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeypatch, tmp_path):
-    """Averaged after each of the five updates, not once per step; and it is in the checkpoint, and
-    in a resumed run."""
+    """Averaged after each of the five updates, not once per step; kept by a resume."""
     critics, descend = [], sac_baseline.Agent.descend
 
     def spy(self, name, *rest):
@@ -315,8 +276,8 @@ def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeyp
         return info
 
     monkeypatch.setattr(sac_baseline.Agent, "descend", spy)
-    flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 50 --learning-starts 40 --utd 5 --critic-lr 0.02"
-    made = run_loop(sac_baseline, flags + " --run-name a")
+    flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 50 --learning-starts 40 --utd 5"
+    made = run_loop(sac_baseline, f"{flags} --critic-lr 0.02 --run-name a")
     assert len(critics) == 50
     start = {name: made["initial"][f"critic.{name}"] for name in critics[0]}
     for name, expected in polyak(start, critics, 0.005).items():
@@ -325,10 +286,8 @@ def test_target_network_in_the_loop_with_five_updates_per_step(run_loop, monkeyp
         assert torch.equal(made["initial"][f"target_critic.{name}"], start[name])
         assert (tensor - start[name]).abs().max() > 5e-3
     saved = torch.load(tmp_path / "runs/a/checkpoint.pt", weights_only=True)["agent"]
-    target = {
-        f"target_critic.{name}": tensor
-        for name, tensor in made["agent"].target_critic.state_dict().items()
-    }
+    target = made["agent"].target_critic.state_dict()
+    target = {f"target_critic.{name}": tensor for name, tensor in target.items()}
     assert target.keys() < saved.keys() and same(target, saved)
     resumed = run_loop(sac_baseline, "--resume runs/a", updates=False)["agent"]
     assert resumed is not made["agent"] and same(copy_of(made["agent"]), copy_of(resumed))
@@ -352,15 +311,11 @@ def test_target_network_is_not_trained():
 
 
 def test_sac_has_no_normalisation():
-    """Weights and biases only; no buffers; a row's Q-value depends on no other row and on no
-    mode."""
+    """Weights and biases only, no buffers; a row's value depends on no other row and on no mode."""
     agent, (obs, action, *_) = make_agent(sac_baseline, updates=2), make_batch()
     assert not hasattr(sac_baseline, "BatchRenorm") and not list(agent.buffers())
-    for net, n_in in (
-        (agent.critic, OBS + ACTIONS),
-        (agent.target_critic, OBS + ACTIONS),
-        (agent.actor, OBS),
-    ):
+    critics = [(agent.critic, OBS + ACTIONS), (agent.target_critic, OBS + ACTIONS)]
+    for net, n_in in [*critics, (agent.actor, OBS)]:
         names = {f"{kind}.{k}" for kind in ("weights", "biases") for k in range(3)}
         assert {name for name, _ in net.named_parameters()} == names
         x = torch.cat([obs, action], -1)[:, :n_in]
@@ -373,18 +328,14 @@ def test_sac_has_no_normalisation():
     ("script", "delay"), [(sac_baseline, None), (sac_baseline, 2), (crossq_td3, None)]
 )
 def test_policy_delay(script, delay):
-    """The actor, and the temperature, move with every `delay`-th critic update; SAC's default is 1,
-    TD3's 3."""
+    """Actor and temperature move with every `delay`-th critic update; 1 in SAC, 3 in TD3."""
     agent = make_agent(script, **{"policy_delay": delay} if delay else {})
     delay = delay or (1 if script is sac_baseline else 3)
     for i in range(1, 7):
         before = copy_of(agent)
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
-        moved = {
-            name
-            for name, tensor in agent.state_dict().items()
-            if not torch.equal(tensor, before[name])
-        }
+        after = copy_of(agent)
+        moved = {name for name in after if not torch.equal(after[name], before[name])}
         assert {name for name in moved if name.startswith("critic.")}
         actor = {name for name in before if name.startswith(("actor.", "log_alpha"))}
         assert moved & actor == (actor if i % delay == 0 else set())
@@ -398,9 +349,8 @@ def test_td3_actor_is_deterministic_and_bounded():
     agent = make_agent(crossq_td3, updates=9)
     for scale in (1, 100):
         obs = np.random.default_rng(0).normal(size=OBS) * scale
-        expected = torch.tanh(forward(agent.actor, torch.from_numpy(obs)[None], "running"))[
-            0
-        ].detach()
+        out = forward(agent.actor, torch.from_numpy(obs)[None], "running")
+        expected = torch.tanh(out)[0].detach()
         for _ in range(2):
             action = agent.act(obs)
             assert action.shape == (ACTIONS,) and np.allclose(action, expected, atol=1e-12)
@@ -422,34 +372,28 @@ def test_td3_exploration_noise_is_clipped():
 
 
 def test_td3_exploration_in_the_loop(run_loop):
-    """Uniform warm-up actions without noise; then the policy's with noise of std 0.1, independent
-    per dimension."""
-    flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 3400 --learning-starts 400 --buffer-size 4000"
-    made = run_loop(crossq_td3, flags, updates=False)
+    """Uniform random actions first; then the policy's, with independent noise of std 0.1."""
+    flags = "--env-id tiny_envs:Truncated-v0 --total-timesteps 3400 --learning-starts 400"
+    made = run_loop(crossq_td3, f"{flags} --buffer-size 4000", updates=False)
     obs, action, *_ = made["buffer"].rows[:3400].split(made["buffer"].widths, -1)
-    rng = torch.Generator().manual_seed(
-        1
-    )  # the run's own generator: the actions are its first numbers
-    assert torch.equal(
-        action[:400], torch.stack([torch.rand(2, generator=rng) * 2 - 1 for _ in range(400)])
-    )
+    # The run's own generator: the actions are its first numbers.
+    rng = torch.Generator().manual_seed(1)
+    uniform = torch.stack([torch.rand(2, generator=rng) * 2 - 1 for _ in range(400)])
+    assert torch.equal(action[:400], uniform)
     assert len(made["acted"]) == 3000 and made["acted"][0].shape == (2,)
     with torch.no_grad():
         deterministic = torch.tanh(forward(made["agent"].actor, obs[400:], "running"))
     added = action[400:] - deterministic
     assert action.abs().max() <= 1 and deterministic.abs().max() < 0.6  # so that none is clipped
     assert torch.allclose(added, 0.1 * torch.stack(made["acted"]), atol=1e-6)
-    assert (
-        torch.allclose(added.std(0), torch.tensor(0.1), rtol=0.06)
-        and added.mean(0).abs().max() < 0.01
-    )
+    assert torch.allclose(added.std(0), torch.tensor(0.1), rtol=0.06)
+    assert added.mean(0).abs().max() < 0.01
     both = torch.cat([added[:-1], added[1:]], -1)  # this step's and the next one's
     assert (both.T.corrcoef() - torch.eye(4)).abs().max() < 0.08
 
 
 def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
-    """a' of the eval-mode actor, both clips at work; min over BOTH critics of the same pass; no
-    entropy."""
+    """a' of the eval-mode actor, both clips at work; min over BOTH critics of the same pass."""
     agent, batch = make_agent(crossq_td3, updates=9), make_batch(50)
     obs, action, reward, done, next_obs = batch
     with torch.no_grad():
@@ -467,31 +411,23 @@ def test_td3_critic_gradient_is_that_of_one_joint_pass_with_a_smoothed_target():
     loss = ((q[0] - target) ** 2).mean() / 2 + ((q[1] - target) ** 2).mean() / 2
     before = copy_of(agent)
     agent.actor.train(), agent.critic.eval()  # the modes an actor update leaves
-    assert_gradients(
-        agent, "critic", agent.critic_loss, (batch, {"noise": noise(2.0)}), loss, {"critic"}
-    )
-    # The statistics are those of both halves, in all three layers; the actor and its statistics
-    # stay.
+    inputs = batch, {"noise": noise(2.0)}
+    assert_gradients(agent, "critic", agent.critic_loss, inputs, loss, {"critic"})
+    # The statistics are those of both halves, in all three layers. The actor and its own stay.
     for k, x in enumerate(seen):
-        layer, old = (
-            agent.critic.norms[k],
-            {name: before[f"critic.norms.{k}.running_{name}"] for name in ("mean", "var")},
-        )
+        layer = agent.critic.norms[k]
         assert x.shape[-2] == 2 * BATCH and layer.steps == 10
-        assert torch.allclose(
-            layer.running_mean, 0.99 * old["mean"] + 0.01 * x.mean(-2, keepdim=True)
-        )
-        variance = x.var(-2, correction=0, keepdim=True)
-        assert torch.allclose(layer.running_var, 0.99 * old["var"] + 0.01 * variance)
-    assert all(
-        torch.equal(tensor, before[f"actor.{name}"])
-        for name, tensor in agent.actor.state_dict().items()
-    )
+        mean, variance = x.mean(-2, keepdim=True), x.var(-2, correction=0, keepdim=True)
+        old_mean = before[f"critic.norms.{k}.running_mean"]
+        old_variance = before[f"critic.norms.{k}.running_var"]
+        assert torch.allclose(layer.running_mean, 0.99 * old_mean + 0.01 * mean)
+        assert torch.allclose(layer.running_var, 0.99 * old_variance + 0.01 * variance)
+    for name, tensor in agent.actor.state_dict().items():
+        assert torch.equal(tensor, before[f"actor.{name}"])
 
 
 def test_td3_actor_gradient_is_that_of_the_minimum_of_eval_mode_critics():
-    """-min over BOTH critics, the actor in training mode on s alone, no noise; only the actor
-    moves."""
+    """-min over BOTH critics, the actor in training mode on s alone; only the actor moves."""
     agent, obs = make_agent(crossq_td3, updates=9), make_batch(50)[0]
     seen = []
     action = torch.tanh(forward(agent.actor, obs, "batch", seen))
@@ -506,10 +442,8 @@ def test_td3_actor_gradient_is_that_of_the_minimum_of_eval_mode_critics():
         assert layer.steps == 4  # after updates 3, 6, 9 and this one
         old = before[f"actor.norms.{k}.running_mean"]
         assert torch.allclose(layer.running_mean, 0.99 * old + 0.01 * x.mean(-2, keepdim=True))
-    assert all(
-        torch.equal(tensor, before[f"critic.{name}"])
-        for name, tensor in agent.critic.state_dict().items()
-    )
+    for name, tensor in agent.critic.state_dict().items():
+        assert torch.equal(tensor, before[f"critic.{name}"])
 
 
 def test_td3_statistics_move_in_their_own_updates_only():
@@ -524,15 +458,11 @@ def test_td3_statistics_move_in_their_own_updates_only():
 
 
 def test_td3_has_neither_target_networks_nor_a_temperature():
-    """The critic and the actor are all there is: in the state, among the modules and in the
-    optimisers."""
+    """Critic and actor are all there is: in the state, among the modules and the optimisers."""
     agent = make_agent(crossq_td3, updates=3)
+    assert agent.optimizers.keys() == {"critic", "actor"}
     assert {name.split(".")[0] for name in agent.state_dict()} == {"critic", "actor"}
     assert {name for name, _ in agent.named_children()} == {"critic", "actor"}
     assert not {"tau", "alpha", "alpha_lr"} & set(vars(agent.args))
-    hidden = [
-        v
-        for k, v in vars(agent).items()
-        if isinstance(v, torch.nn.Module | list | tuple | torch.Tensor)
-    ]
-    assert not hidden
+    kinds = torch.nn.Module | list | tuple | torch.Tensor
+    assert not [name for name, value in vars(agent).items() if isinstance(value, kinds)]

@@ -40,13 +40,10 @@ def neuron_norms(net, layer):
 
 
 def test_batch_norm_is_pytorchs():
-    """Forward, gradients and running statistics (with the biased variance) over six batches, then
-    in evaluation."""
+    """Forward, gradients and running statistics, with the biased variance; then in evaluation."""
     torch.manual_seed(0)
-    ours, theirs = (
-        wn.BatchNorm((1, 7)).double(),
-        torch.nn.BatchNorm1d(7, eps=1e-3, momentum=0.01).double(),
-    )
+    ours = wn.BatchNorm((1, 7)).double()
+    theirs = torch.nn.BatchNorm1d(7, eps=1e-3, momentum=0.01).double()
     with torch.no_grad():
         for a, b in ((ours.scale, theirs.weight), (ours.bias, theirs.bias)):
             a.copy_(torch.randn(7).double())
@@ -67,18 +64,15 @@ def test_batch_norm_is_pytorchs():
     assert torch.allclose(ours.running_var[0], variance, atol=1e-12)
     x = torch.randn(5, 7).double()
     ours.eval()
-    expected = F.batch_norm(
-        x, ours.running_mean[0], ours.running_var[0], ours.scale[0], ours.bias[0], eps=1e-3
-    )
+    state = ours.running_mean, ours.running_var, ours.scale, ours.bias
+    expected = F.batch_norm(x, *(tensor[0] for tensor in state), eps=1e-3)
     assert torch.allclose(ours(x), expected, atol=1e-12)
 
 
 def test_batch_norm_of_an_ensemble_is_one_batch_norm_each():
     torch.manual_seed(0)
-    both, x = (
-        wn.BatchNorm((2, 1, 7)),
-        torch.randn(2, 32, 7) * torch.tensor([1.0, 5.0])[:, None, None],
-    )
+    both = wn.BatchNorm((2, 1, 7))
+    x = torch.randn(2, 32, 7) * torch.tensor([1.0, 5.0])[:, None, None]
     for k in (0, 1):
         one = wn.BatchNorm((1, 7))
         assert torch.allclose(both(x)[k], one(x[k]), atol=1e-6)
@@ -94,12 +88,10 @@ def test_unit_norm_at_initialisation_and_after_every_update():
         for net in (agent.critic, agent.actor):
             for layer in (0, 1):
                 norms = neuron_norms(net, layer)
-                assert norms.numel() in (2 * 16, 16) and torch.allclose(
-                    norms, torch.ones_like(norms), atol=1e-12
-                )
-        assert (agent.critic.biases[0].abs().max() > 1e-4) == (
-            i > 0
-        )  # so it is no matter of W alone
+                assert norms.numel() in (2 * 16, 16)
+                assert torch.allclose(norms, torch.ones_like(norms), atol=1e-12)
+        # So it is no matter of W alone.
+        assert (agent.critic.biases[0].abs().max() > 1e-4) == (i > 0)
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
     for net in (agent.critic, agent.actor):
         assert (neuron_norms(net, 2) - 1).abs().min() > 1e-3
@@ -124,9 +116,8 @@ def test_projection_scales_each_neuron_and_nothing_else():
             assert torch.equal(p, before[name])
     once = copy_of(net)
     net.project()
-    assert all(
-        torch.allclose(once[name], value, atol=1e-6) for name, value in net.state_dict().items()
-    )
+    for name, tensor in net.state_dict().items():
+        assert torch.allclose(once[name], tensor, atol=1e-6)
 
 
 @pytest.fixture
@@ -137,15 +128,11 @@ def no_epsilon(monkeypatch):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_scale_invariance_and_its_gradient(no_epsilon, layer):
-    """Theorems 4.1 and 4.2: c W, c b give the same outputs, and gradients by W, b that are 1 / c of
-    what they were."""
-    agent = make_agent(wn, updates=3)
-    net, x = (
-        agent.critic,
-        torch.randn(BATCH, OBS + ACTIONS, generator=torch.Generator().manual_seed(3)).double(),
-    )
-    weights = torch.randn(2, BATCH, 1, generator=torch.Generator().manual_seed(4)).double()
-    net.train()
+    """Theorems 4.1 and 4.2: c W and c b give the same outputs, and 1 / c of the gradients by them."""
+    net = make_agent(wn, updates=3).critic.train()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(BATCH, OBS + ACTIONS, generator=generator).double()
+    weights = torch.randn(2, BATCH, 1, generator=generator).double()
 
     def outputs_and_gradients():
         q = net(x)
@@ -153,9 +140,7 @@ def test_scale_invariance_and_its_gradient(no_epsilon, layer):
         return q.detach(), torch.autograd.grad((q * weights).sum(), parameters)
 
     q, gradients = outputs_and_gradients()
-    c = (
-        0.3 + 4 * torch.rand(2, 1, 16, generator=torch.Generator().manual_seed(5)).double()
-    )  # one per neuron
+    c = 0.3 + 4 * torch.rand(2, 1, 16, generator=generator).double()  # one per neuron
     with torch.no_grad():
         net.weights[layer] *= c
         net.biases[layer] *= c
@@ -183,9 +168,9 @@ def test_projection_leaves_the_outputs_of_batch_norm_networks(no_epsilon):
 
 def test_decay_groups_hold_exactly_the_output_layer():
     agent = make_agent(wn, weight_decay=0.03)
+    names = {id(p): name for name, p in agent.named_parameters()}
     for net in ("critic", "actor"):
         optimizer = agent.optimizers[net]
-        names = {id(p): name for name, p in agent.named_parameters()}
         groups = [
             ({names[id(p)] for p in group["params"]}, group["weight_decay"])
             for group in optimizer.param_groups
@@ -195,10 +180,8 @@ def test_decay_groups_hold_exactly_the_output_layer():
         assert groups[1] == ({f"{net}.{name}" for name in [*HIDDEN, *rest]}, 0.0)
         assert groups[2:] == []
         assert isinstance(optimizer, torch.optim.AdamW)
-        assert all(
-            group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
-            for group in optimizer.param_groups
-        )
+        for group in optimizer.param_groups:
+            assert group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8
 
 
 def test_the_temperature_does_not_decay():
@@ -207,20 +190,20 @@ def test_the_temperature_does_not_decay():
     assert group["params"] == [agent.log_alpha] and group["weight_decay"] == 0
 
 
-def test_weight_decay_is_decoupled_and_of_the_output_layer(monkeypatch):
-    """With gradients of zero, a step multiplies the output layer by 1 - lr decay, and leaves all
-    else."""
-    agent = make_agent(wn, updates=2, weight_decay=0.5)
-    groups = agent.optimizers["critic"].param_groups
-    optimizer = torch.optim.AdamW(groups, fused=True)  # without moments
-    before = copy_of(agent.critic)
-    for p in agent.critic.parameters():
+@pytest.mark.parametrize("name", ["critic", "actor"])
+def test_weight_decay_is_decoupled_and_of_the_output_layer(name):
+    """A step with gradients of zero multiplies the output layer by 1 - lr decay, and nothing else."""
+    agent = make_agent(wn, updates=3, weight_decay=0.5)
+    net, optimizer = getattr(agent, name), agent.optimizers[name]
+    before = copy_of(net)
+    optimizer.state.clear()  # the moments of earlier updates
+    for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    for name, p in agent.critic.named_parameters():
-        assert torch.allclose(
-            p, before[name] * (1 - 0.01 * 0.5 * (name in OUTPUT)), rtol=1e-12, atol=0
-        ), name
+    for part, p in net.named_parameters():
+        expected = before[part] * (1 - 0.01 * 0.5 * (part in OUTPUT))
+        assert torch.allclose(p, expected, rtol=1e-12, atol=0), part
+        assert torch.equal(p, before[part]) == (part not in OUTPUT)
 
 
 def test_temperature():
@@ -243,14 +226,12 @@ def squashed(out, eps):
 
 
 def test_critic_loss():
-    """Both networks normalise the joint batch with its own statistics; the target's are its older
-    weights."""
+    """Both networks normalise the joint batch by its own statistics; the target's weights are older."""
     agent, batch = make_agent(wn, updates=6, tau=0.1), make_batch(50)
     obs, action, reward, done, next_obs = batch
     next_action, log_prob = squashed(forward(agent.actor, next_obs, "running"), noise())
-    pairs = torch.cat(
-        [torch.cat([obs, action], -1), torch.cat([next_obs, next_action.detach()], -1)]
-    )
+    next_pairs = torch.cat([next_obs, next_action.detach()], -1)
+    pairs = torch.cat([torch.cat([obs, action], -1), next_pairs])
     next_q = forward(agent.target_critic, pairs, "batch")[..., 0][:, BATCH:]
     q = forward(agent.critic, pairs, "batch")[..., 0][:, :BATCH]
     assert (next_q - forward(agent.critic, pairs, "batch")[..., 0][:, BATCH:]).abs().max() > 1e-3
@@ -264,8 +245,7 @@ def test_critic_loss():
 
 
 def test_actor_loss():
-    """The actor in training mode on s alone, the critic frozen in evaluation mode; alpha (H -
-    target) with it."""
+    """The actor in training mode on s alone, the critic in evaluation mode; then the temperature's."""
     agent, (obs, *_) = make_agent(wn, updates=6, entropy_factor=0.3, alpha=1.0), make_batch(50)
     action, log_prob = squashed(forward(agent.actor, obs, "batch"), noise())
     q = forward(agent.critic, torch.cat([obs, action], -1), "running")[..., 0]
@@ -285,26 +265,27 @@ def test_actor_loss():
 
 
 def test_target_networks_running_statistics_never_move_and_never_matter():
+    """They are 0 and 1 for ever, while the critic's move; wrong ones change no update."""
     agent, other = make_agent(wn, updates=2), make_agent(wn, updates=2)
-    for name, buffer in other.target_critic.named_buffers():
+    assert [norm.track_running_stats for norm in agent.critic.norms] == [True] * 3
+    assert [norm.track_running_stats for norm in agent.target_critic.norms] == [False] * 3
+    for buffer in other.target_critic.buffers():
         buffer.fill_(7.0)
-        assert torch.equal(
-            agent.target_critic.get_buffer(name), torch.full_like(buffer, "var" in name)
-        )
     for i in range(4):
+        before = copy_of(agent.critic)
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
         other.update(make_batch(i), torch.Generator().manual_seed(i))
-    assert same(copy_of(agent.critic), copy_of(other.critic)) and same(
-        copy_of(agent.actor), copy_of(other.actor)
-    )
-    for name, buffer in agent.target_critic.named_buffers():
-        assert torch.equal(buffer, torch.full_like(buffer, "var" in name))
-        assert not torch.equal(agent.critic.get_buffer(name), buffer)
+        buffers = dict(agent.target_critic.named_buffers())
+        assert len(buffers) == 6
+        for name, buffer in buffers.items():
+            assert torch.equal(buffer, torch.full_like(buffer, "var" in name))
+            assert not torch.equal(agent.critic.get_buffer(name), before[name])
+    assert same(copy_of(agent.critic), copy_of(other.critic))
+    assert same(copy_of(agent.actor), copy_of(other.actor))
 
 
 def test_target_network_follows_with_tau_and_is_not_projected():
-    """It starts as the critic, and takes up every update's projected weights, and batch norm's
-    scale and bias."""
+    """It starts as the critic, and takes up each update's projected weights, scales and biases."""
     agent = make_agent(wn, tau=0.25)
     expected = {name: p.detach().clone() for name, p in agent.critic.named_parameters()}
     for i in range(5):
@@ -333,27 +314,27 @@ def test_tau_1_is_no_target_network():
 
 
 def test_utd_5_is_five_critic_updates_and_the_policy_delay_counts_them(run_loop):  # noqa: F811
-    flags = "--env-id tiny_envs:Truncated-v0 --learning-starts 10 --total-timesteps 17"  # 7 agent steps that learn
+    # Seven agent steps learn.
+    flags = "--env-id tiny_envs:Truncated-v0 --learning-starts 10 --total-timesteps 17"
     agent = run_loop(wn, flags)["agent"]
     assert agent.n_updates == 35
-    steps = {name: int(opt.state[opt.param_groups[0]["params"][0]]["step"]) for name, opt in
-             agent.optimizers.items()}  # fmt: skip
+    steps = {}
+    for name, optimizer in agent.optimizers.items():
+        (steps[name],) = {int(state["step"]) for state in optimizer.state.values()}
     assert steps == {"critic": 35, "actor": 11, "alpha": 11}
 
 
 def test_action_repeat_counts_environment_steps(run_loop):  # noqa: F811
-    """Rewards are summed, a repeat stops at the episode's end, steps are agent steps times the
-    repeat."""
+    """Rewards are summed; a repeat stops at the episode's end, and counts whole all the same."""
     flags = "--env-id tiny_envs:Truncated-v0 --action-repeat 4 --learning-starts 100 --total-timesteps 24"
     buffer = run_loop(wn, flags)["buffer"]
     obs, action, reward, done, next_obs = buffer.rows[: buffer.size].split(buffer.widths, -1)
-    assert (
-        reward[:, 0].tolist() == [4, 4, 2, 4, 4, 2] and done.sum() == 0
-    )  # episodes of 10 steps, cut by time
+    # Episodes of 10 steps, cut by time.
+    assert reward[:, 0].tolist() == [4, 4, 2, 4, 4, 2] and done.sum() == 0
     assert next_obs[2, 0] == 1 and obs[3, 0] == 0 and np.allclose(next_obs[:2, 0], [0.4, 0.8])
 
 
-def test_compiled_updates_are_the_plain_ones(monkeypatch):
+def test_compiled_updates_are_the_plain_ones():
     agents = [make_agent(wn).float() for _ in range(2)]
     wn.compile_updates(agents[1])
     for i in range(4):
@@ -393,9 +374,8 @@ def test_weight_norm_ablations(ablated):
     unit = {}
     for mode in ("project", "soft", "none", "output"):
         agent = ablated(updates=4, weight_norm=mode, policy_delay=1)
-        unit[mode] = [
-            bool((neuron_norms(agent.critic, k) - 1).abs().max() < 1e-9) for k in range(3)
-        ]
+        norms = [neuron_norms(agent.critic, k) for k in range(3)]
+        unit[mode] = [bool((norm - 1).abs().max() < 1e-9) for norm in norms]
         assert decayed(agent) == both([*OUTPUT, *HIDDEN] if mode == "soft" else OUTPUT)
     assert unit == {
         "project": [True, True, False],
@@ -403,8 +383,10 @@ def test_weight_norm_ablations(ablated):
         "none": [False] * 3,
         "output": [True, True, False],
     }
-    kernel = ablated(updates=4, weight_norm="output", policy_delay=1).critic.weights[2]
-    assert torch.allclose(kernel.norm(dim=-2), torch.ones(2, 1).double())  # without its bias
+    agent = ablated(updates=4, weight_norm="output", policy_delay=1)
+    for net in (agent.critic, agent.actor):  # the output layer without its bias
+        norms = net.weights[2].norm(dim=-2)
+        assert torch.allclose(norms, torch.ones_like(norms))
     plain = make_agent(wn, updates=4, policy_delay=1)
     assert same(copy_of(plain), copy_of(ablated(updates=4, policy_delay=1)))
 
@@ -415,11 +397,13 @@ def test_decay_of_batch_norm(ablated):
 
 
 def test_linear_decay_of_the_learning_rates(ablated):
-    """In each optimiser's own steps over the run's critic updates, 2 * (120 / 2 - 20) = 80. So the
-    critic ends at `lr_end`, the others, with a delay of 2, half way there; no further in a longer
-    run."""
-    agent = ablated(lr_end=0.1, total_timesteps=120, action_repeat=2, utd=2, learning_starts=20,
-                    alpha_lr=0.04, policy_delay=2)  # fmt: skip
+    """In each optimiser's own steps over the run's critic updates, 2 * (120 / 2 - 20) = 80.
+
+    So the critic ends at `lr_end`, the others, with a delay of 2, half way there. In a longer run
+    no rate falls below `lr_end`.
+    """
+    length = {"total_timesteps": 120, "action_repeat": 2, "utd": 2, "learning_starts": 20}
+    agent = ablated(lr_end=0.1, alpha_lr=0.04, policy_delay=2, **length)
     rates = []
     for i in range(200):
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
@@ -427,13 +411,5 @@ def test_linear_decay_of_the_learning_rates(ablated):
     critic, actor, alpha = np.array(rates).T / [[0.01], [0.01], [0.04]]
     assert np.allclose(critic[:80], 1 - 0.9 * np.arange(80) / 80)
     assert np.allclose(critic[80:], 0.1)
-    assert np.allclose(actor[1:160:2], 1 - 0.9 * np.arange(80) / 80) and np.allclose(actor, alpha)
-
-
-def test_only_the_targets_statistics_stay():
-    agent = make_agent(wn)
-    assert [norm.track_running_stats for norm in agent.critic.norms] == [True] * 3
-    assert [norm.track_running_stats for norm in agent.target_critic.norms] == [False] * 3
-    agent.update(make_batch(), torch.Generator().manual_seed(0))
-    assert (agent.critic.norms[0].running_mean != 0).any()
-    assert (agent.target_critic.norms[0].running_mean == 0).all()
+    assert np.allclose(actor[1:160:2], 1 - 0.9 * np.arange(80) / 80)
+    assert np.allclose(actor[161:], 0.1) and np.allclose(actor, alpha)
