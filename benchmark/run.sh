@@ -40,21 +40,22 @@
 #                      number of CPUs)
 #   --jobs-per-gpu N   (default: 1)
 #   --dry-run          only print the commands
-#   --launcher slurm   submit one job array with a run per task; a task is requeued at its time limit
-#                      and resumes
+#   --launcher slurm   submit one job array with a run per task; at its time limit a task is
+#                      requeued, and then it resumes
 #   --partition --gpus --time --account    are handed to sbatch, for each run
 #   --jobs N                               at most N tasks at a time
 #   --sbatch "..."     more options for sbatch, for example "--cpus-per-task=2 --mem=8G"
 #
-# NAME is ENV__SCRIPT+FLAGS__SEED. In a run's folder, log.txt is its output, and `finished` marks its
+# NAME is ENV__SCRIPT+FLAGS__SEED. In a run's folder, log.txt is its output; `finished` marks its
 # end and holds the number of steps. The environment variable PYTHON is the interpreter (default:
-# python). Exit code: 0 if all runs have finished (with Slurm: are submitted), 1 if not all have, 2
-# after a wrong argument, 130 or 143 after a signal.
+# python). Exit code: 0 if all runs have finished (with Slurm: if they are submitted), 1 if not all
+# have, 2 after a wrong argument, 130 or 143 after a signal.
 
 set -euo pipefail -f # -f: lists are split into words, but never globbed
 self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
 root=$(dirname "$(dirname "$self")") python=${PYTHON:-python} arguments=("$@")
-preset='' scripts='' settings=() envs='' seeds='' steps='' flags='' out=runs workers='' jobs_per_gpu=1 dry_run=''
+preset='' scripts='' settings=() envs='' seeds='' steps='' flags=''
+out=runs workers='' jobs_per_gpu=1 dry_run=''
 # shellcheck disable=SC2034 # submit reads partition, gpus, time and account by name
 launcher=local partition='' gpus='' time='' account='' jobs='' sbatch='' task=''
 
@@ -72,8 +73,10 @@ while (($#)); do
     mujoco | dmc | myosuite | ablations | utd-scaling | quick)
       [[ -z $preset ]] || die "one preset at a time, not $preset and $1"
       preset=$1 ;;
-    --scripts | --setting | --envs | --seeds | --steps | --flags | --out | --workers | --jobs-per-gpu | --launcher | \
-      --partition | --gpus | --time | --account | --jobs | --sbatch | --task) # --task: of Slurm's array, see submit
+    # --task is for Slurm's array: see submit.
+    --scripts | --setting | --envs | --seeds | --steps | --flags | --out | --workers | \
+      --jobs-per-gpu | --launcher | --partition | --gpus | --time | --account | --jobs | \
+      --sbatch | --task)
       (($# > 1)) || die "$1 needs a value"
       option=${1#--}
       if [[ $option = setting ]]; then settings+=("$2"); else printf -v "${option//-/_}" %s "$2"; fi
@@ -83,7 +86,7 @@ while (($#)); do
   shift
 done
 
-# ------------------------------------------------------------------------------------------------------------ the grid
+# ----------------------------------------------------------------------------------------- the grid
 
 default() { # VARIABLE VALUE: unless it was given
   [[ -n ${!1} ]] || printf -v "$1" %s "$2"
@@ -96,8 +99,8 @@ with() { # SETTING...: unless scripts were given; the words after a script's nam
 own=${settings[*]-}
 for script in $scripts; do settings+=("$script"); done
 mujoco="Hopper-v4 Walker2d-v4 Ant-v4 HalfCheetah-v4 Humanoid-v4 HumanoidStandup-v4"
-dmc=$(printf 'dm_control/%s-v0 ' dog-{stand,walk,trot,run} humanoid-{stand,walk,run} cheetah-run walker-run \
-  hopper-{stand,hop} finger-turn_hard quadruped-run fish-swim pendulum-swingup)
+dmc=$(printf 'dm_control/%s-v0 ' dog-{stand,walk,trot,run} humanoid-{stand,walk,run} cheetah-run \
+  walker-run hopper-{stand,hop} finger-turn_hard quadruped-run fish-swim pendulum-swingup)
 case $preset in
   mujoco)
     default envs "$mujoco"
@@ -111,42 +114,52 @@ case $preset in
   ablations)
     default envs "$mujoco"
     default seeds "1 2 3 4 5"
-    with crossq_sac "crossq_sac --"{"critic-width 256","adam-beta1 0.9","policy-delay 1","n-critics 1"}
+    with crossq_sac "crossq_sac --"{"critic-width 256","adam-beta1 0.9"} \
+      "crossq_sac --"{"policy-delay 1","n-critics 1"}
     with "ablate crossq_sac --"{"bn-momentum 0.9","actor-norm none",bootstrap-at-termination}
     with "ablate crossq_sac --critic-norm "{bn,ln,none} # figures 9, 10 and 13
     with sac_baseline "sac_baseline --"{"critic-width 2048","utd 20 --policy-delay 20"}
-    with "ablate sac_baseline --critic-norm brn --target-stats "{own,live} # figure 9; live: figure 13
+    # Figure 9; live: figure 13.
+    with "ablate sac_baseline --critic-norm brn --target-stats "{own,live}
     # Figure 16.
     with "ablate sac_baseline --tau 1 --activation "{relu,tanh,relu6,sin,elu,glu} \
       "ablate sac_baseline --tau 1 --activation "{relu-over-max,layernormed-relu} ;;
   utd-scaling)
     default envs "$dmc"
-    with "crossq_wn_highutd --utd "{1,2,5} "ablate crossq_wn_highutd --weight-norm none --utd "{1,2,5} ;;
+    with "crossq_wn_highutd --utd "{1,2,5} \
+      "ablate crossq_wn_highutd --weight-norm none --utd "{1,2,5} ;;
   quick)
     default envs "InvertedPendulum-v4 HalfCheetah-v4"
     default seeds "1 2 3"
     default steps 5000
-    flags="--critic-width 256 --learning-starts 1000 --eval-every 1000 --eval-episodes 3 --compile off $flags"
+    flags="--learning-starts 1000 --eval-every 1000 --eval-episodes 3 --compile off $flags"
+    flags="--critic-width 256 $flags"
     wn="--utd 2 --critic-lr 3e-4 --actor-lr 3e-4 --entropy-factor 0.5"
     with crossq_sac crossq_td3 "crossq_wn_highutd $wn" sac_baseline ;;
   *) default seeds 1 ;;
 esac
-[[ ! $preset =~ ^(dmc|myosuite|utd-scaling)$ ]] || flags="--eval-every 25000 $flags" # as that paper does
+# CrossQ + WN's paper evaluates every 25 000 steps.
+[[ ! $preset =~ ^(dmc|myosuite|utd-scaling)$ ]] || flags="--eval-every 25000 $flags"
 default seeds "1 2 3 4 5 6 7 8 9 10"
 default steps 1000000
-[[ -n ${settings[*]-} && -n $envs ]] || die "nothing to run: give a preset, or --scripts and --envs; see --help"
+[[ -n ${settings[*]-} && -n $envs ]] ||
+  die "nothing to run: give a preset, or --scripts and --envs; see --help"
 for option in steps jobs_per_gpu ${workers:+workers} ${jobs:+jobs}; do
-  [[ ${!option} =~ ^[1-9][0-9]*$ ]] || die "--${option//_/-} must be a positive whole number, not ${!option}"
+  [[ ${!option} =~ ^[1-9][0-9]*$ ]] ||
+    die "--${option//_/-} must be a positive whole number, not ${!option}"
 done
 [[ $launcher =~ ^(local|slurm)$ ]] || die "--launcher is local or slurm, not $launcher"
 
-# The scripts write to runs/NAME below their current directory, which must not hide the user's own environments in this one.
+# The scripts write to runs/NAME below their current directory. In this one may be the user's own
+# environments, which they must still find.
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD
 out=$(realpath -m "$out") cwd=$out
 [[ ${cwd##*/} != runs ]] || cwd=${cwd%/*}
 runs=$cwd/runs
 
-name_run() { # ENV SEED WORD...: sets name, from all that makes it another run; what a resume may change does not
+# name_run ENV SEED WORD...: sets name, from all that makes it another run. What a resume may change
+# does not.
+name_run() {
   local env=$1 seed=$2 word kept=1
   shift 2
   name=''
@@ -182,18 +195,20 @@ for seed in $seeds; do # outermost, so that one seed of everything comes first
       name_run "$env" "$seed" ${program[1]+ablate} "$script" ${words[@]+"${words[@]}"}
       [[ -z ${seen[$name]-} ]] || continue
       seen[$name]=1 names+=("$name")
-      program+=("$root/$script.py" --env-id "$env" --seed "$seed" --total-timesteps "$steps" ${words[@]+"${words[@]}"})
+      program+=("$root/$script.py" --env-id "$env" --seed "$seed" --total-timesteps "$steps")
+      program+=(${words[@]+"${words[@]}"})
       printf -v command '%q ' "${program[@]}" # quoted: eval gives the words back
       commands+=("$command")
     done
   done
 done
 
-# ------------------------------------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------------------ one run
 
 finished() { # NAME: it has ended by itself, after so many steps at least
   local reached=''
-  [[ -e $runs/$1/finished ]] && read -r reached <"$runs/$1/finished" && [[ $reached =~ ^[0-9]+$ ]] && ((reached >= steps))
+  [[ -e $runs/$1/finished ]] && read -r reached <"$runs/$1/finished" &&
+    [[ $reached =~ ^[0-9]+$ ]] && ((reached >= steps))
 }
 
 command_of() { # I: its whole command line
@@ -204,14 +219,19 @@ command_of() { # I: its whole command line
   fi
 }
 
-run_one() { # I: start or resume it, and wait for its end; SIGTERM is passed on. To be called in a shell of its own
+# run_one I [setsid]: starts or resumes run I and waits for its end, in a shell of its own. This
+# passes on the first SIGTERM and no other, because a second signal ends a script at once, without a
+# checkpoint. With setsid the run has a session of its own too, which Ctrl-C does not reach.
+run_one() {
   local folder=$runs/${names[$1]} line code=0
   stopped='' child='' # global: the trap outlives this function
-  trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
-  trap '' INT HUP # they come from the terminal to all; a run hears of them once, from below
+  trap '[[ -n $stopped || -z $child ]] || kill -TERM "$child" 2>/dev/null || true; stopped=1' TERM
+  trap '' INT HUP # the terminal sends them to every shell; run.sh then sends a SIGTERM
   mkdir -p "$folder"
-  exec 9>>"$folder/log.txt" # its lock too, held as long as the run lives: no second one, even if this shell was killed
-  if flock -n -E 75 9 || [[ $? != 75 ]]; then :; else # a file system without locks has to do without
+  # The log is the run's lock too. The run holds it as long as it lives, even if this shell is
+  # killed, so it is not started twice. A file system without locks has to do without.
+  exec 9>>"$folder/log.txt"
+  if flock -n -E 75 9 || [[ $? != 75 ]]; then :; else
     echo "${names[$1]} is being run by another process" >&2
     return 75
   fi
@@ -219,7 +239,7 @@ run_one() { # I: start or resume it, and wait for its end; SIGTERM is passed on.
   line=$(command_of "$1")
   echo "== $(date '+%F %T') in $cwd: $line" >&9
   cd "$cwd"
-  eval "exec $line" </dev/null >&9 2>&1 &
+  eval "exec ${2-} $line" </dev/null >&9 2>&1 &
   child=$!
   [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null || true
   while :; do # `wait` returns early at a signal
@@ -231,7 +251,7 @@ run_one() { # I: start or resume it, and wait for its end; SIGTERM is passed on.
   return "$code"
 }
 
-# --------------------------------------------------------------------------------------------------- on this machine
+# ---------------------------------------------------------------------------------- on this machine
 
 clock() { printf '%d:%02d:%02d' $(($1 / 3600)) $(($1 / 60 % 60)) $(($1 % 60)); }
 
@@ -276,7 +296,8 @@ run_here() {
   # nproc would take OMP_NUM_THREADS for the number of CPUs
   default workers $((${#cards[@]} ? ${#cards[@]} * jobs_per_gpu : $(env -u OMP_NUM_THREADS nproc)))
   ((workers == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  echo "${#names[@]} runs in $runs, $before of them finished; $workers at a time${cards[0]+ on ${#cards[@]} GPUs}"
+  echo "${#names[@]} runs in $runs, $before of them finished;" \
+    "$workers at a time${cards[0]+ on ${#cards[@]} GPUs}"
   declare -gA slots=() run_of=() started=()
   declare -ga busy=() failed=()
   stopped='' ended=0 spent=0
@@ -292,7 +313,7 @@ run_here() {
     echo "start    ${names[$i]}${mask:+ on GPU $mask}"
     (
       [[ -z $mask ]] || export CUDA_VISIBLE_DEVICES=$mask
-      run_one "$i"
+      run_one "$i" setsid
     ) &
     pid=$! busy[slot]=1
     slots[$pid]=$slot run_of[$pid]=$i started[$pid]=$SECONDS
@@ -308,13 +329,13 @@ run_here() {
   ((${#failed[@]} == 0)) || exit 1
 }
 
-# ------------------------------------------------------------------------------------------------------------ on Slurm
+# ----------------------------------------------------------------------------------------- on Slurm
 
 submit() { # one array, whose indices are those of the unfinished runs
   local options name o
   name=crossq-$(cksum <<<"$runs" | cut -d ' ' -f 1)
-  options=(--parsable "--job-name=$name" "--output=$runs/slurm-%A_%a.log" --open-mode=append --requeue
-    --signal=B:TERM@60 "--array=$(IFS=, && echo "${todo[*]}")${jobs:+%$jobs}")
+  options=(--parsable "--job-name=$name" "--output=$runs/slurm-%A_%a.log" --open-mode=append
+    --requeue --signal=B:TERM@60 "--array=$(IFS=, && echo "${todo[*]}")${jobs:+%$jobs}")
   for o in partition gpus time account; do [[ -z ${!o} ]] || options+=("--$o=${!o}"); done
   # shellcheck disable=SC2206 # --sbatch is a list of words
   options+=($sbatch)
@@ -323,23 +344,27 @@ submit() { # one array, whose indices are those of the unfinished runs
     return
   fi
   command -v sbatch >/dev/null || die "--launcher slurm: there is no sbatch here"
-  [[ -z $(squeue -h -n "$name" -u "$(id -un)") ]] || die "an array of $runs is still queued: squeue -n $name"
+  [[ -z $(squeue -h -n "$name" -u "$(id -un)") ]] ||
+    die "an array of $runs is still queued: squeue -n $name"
   mkdir -p "$runs"
   sbatch "${options[@]}" <<END
 #!/usr/bin/env bash
 exec $(printf '%q ' bash "$self" "${arguments[@]}")--task "\$SLURM_ARRAY_TASK_ID"
 END
-  echo "submitted ${#todo[@]} of ${#names[@]} runs to $runs; watch: squeue -n $name; stop: scancel -n $name"
+  echo "submitted ${#todo[@]} of ${#names[@]} runs to $runs;" \
+    "watch: squeue -n $name; stop: scancel -n $name"
 }
 
 run_task() { # one of the array's, in its batch shell
   local begun code=0 checkpoint=$runs/${names[$task]}/checkpoint.pt
-  local job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID of one of the tasks is that of the whole array
+  # One of the tasks has the SLURM_JOB_ID of the whole array, so it is not used here.
+  local job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   begun=$(date +%s)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
   run_one "$task" || code=$?
-  # A SIGTERM while the job still counts as running comes before its time limit, or with a pre-emption's grace: again,
-  # please. Not after scancel, though, and not if the time was too short to get anywhere.
+  # A SIGTERM while the job still counts as running comes before its time limit, or with the grace
+  # of a pre-emption: the task is to run again. Not after scancel, though, and not if the time was
+  # too short to get anywhere.
   if [[ -n $stopped && $code != 0 && $(scontrol show job -o "$job") = *JobState=RUNNING* ]] &&
     [[ -e $checkpoint ]] && (($(stat -c %Y "$checkpoint") >= begun)); then
     echo "${names[$task]}: stopped with a checkpoint; requeued"
