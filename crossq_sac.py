@@ -133,8 +133,7 @@ class BatchRenorm(nn.Module):
             warmed_up = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
             r = (std / running_std).clamp(1 / self.r_max, self.r_max)
             d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
-            # r and d are kept, to be looked at (benchmark/probe.py).
-            self.r = torch.where(warmed_up, r, 1.0)
+            self.r = torch.where(warmed_up, r, 1.0)  # kept, to be looked at: benchmark/probe.py
             self.d = torch.where(warmed_up, d, 0.0)
             # Only now do the statistics move: r and d are made of the old ones.
             self.running_mean.lerp_(mean, 1 - self.momentum)

@@ -96,6 +96,7 @@ def test_an_environment_without_a_time_limit(main, capsys, own_env, monkeypatch)
 
     def step(self, action):
         obs, reward, *_ = tiny_envs.Constant.step(self, action)
+        assert self.t <= 60, "the episode goes on"
         return obs, reward, False, False, {}
 
     assert main(*TINY, "--env-id", own_env(step=step), "--run-name", "a") == 0
@@ -124,7 +125,10 @@ def test_a_signal_in_an_evaluation_without_end(main, tmp_path, monkeypatch):  # 
     process = subprocess.Popen(program, cwd=tmp_path, env=environment())
     wait_for(Path("evaluates").exists)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 143
+    try:
+        assert process.wait(20) == 143
+    finally:
+        process.kill()
     assert load("runs/part")["run"]["step"] == 50 and not evaluations("runs/part")
     monkeypatch.setattr(main.module, "LONGEST_EPISODE", 100)  # not to wait so long
     assert main(*arguments, "--run-name", "whole") == 0
@@ -200,6 +204,8 @@ def test_a_mistake_in_the_users_module_keeps_its_traceback(main):  # noqa: F811
 
 # ------------------------------------------------------------------------------ signals and threads
 
+INT, TERM = signal.SIGINT, signal.SIGTERM
+
 
 def test_handlers_are_left_as_they_were(main, own_env):  # noqa: F811
     def mine(number, frame):
@@ -208,12 +214,12 @@ def test_handlers_are_left_as_they_were(main, own_env):  # noqa: F811
     def bug(self, action):
         raise ValueError
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (INT, TERM):
         signal.signal(number, mine)
     assert main(*TINY, "--run-name", "a", "--total-timesteps", 10) == 0
     with pytest.raises(ValueError):
         main(*TINY, "--env-id", own_env(step=bug), "--run-name", "b")
-    assert {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} == {mine}
+    assert {signal.getsignal(number) for number in (INT, TERM)} == {mine}
 
 
 def test_main_works_in_a_thread(main):  # noqa: F811
@@ -226,8 +232,8 @@ def test_main_works_in_a_thread(main):  # noqa: F811
     assert codes == [0] and load("runs/a")["run"]["step"] == 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_at_once(tmp_path, number):
+@pytest.mark.parametrize(("first", "second"), [(INT, INT), (TERM, TERM), (INT, TERM)])
+def test_a_second_signal_ends_at_once(tmp_path, first, second):
     """The environment hangs, so the first one waits for ever."""
     (tmp_path / "hanging.py").write_text(
         "import time, gymnasium, tiny_envs\n"
@@ -240,11 +246,14 @@ def test_a_second_signal_ends_at_once(tmp_path, number):
     arguments = command("crossq_sac.py", *TINY, "--env-id", "hanging:Hanging-v0")
     process = subprocess.Popen(arguments, cwd=tmp_path, env=environment())
     wait_for((tmp_path / "hangs").exists)
-    process.send_signal(number)
+    process.send_signal(first)
     time.sleep(0.5)
     assert process.poll() is None
-    process.send_signal(number)
-    assert process.wait(20) == -number
+    process.send_signal(second)
+    try:
+        assert process.wait(20) == -second
+    finally:
+        process.kill()
 
 
 def test_the_progress_bar_is_closed_and_the_search_path_grows_once(main, capsys, monkeypatch):  # noqa: F811

@@ -1,4 +1,4 @@
-"""What sac_baseline.py and crossq_td3.py alone do, against formulas written down a second time."""
+"""What sac_baseline.py and crossq_td3.py do, against formulas written down a second time."""
 
 import math
 
@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
+import crossq_sac
 import crossq_td3
+import crossq_wn_highutd
 import sac_baseline
 
 OBS, ACTIONS, BATCH, GAMMA = 5, 2, 64, 0.9
-SCRIPTS = pytest.mark.parametrize("script", [sac_baseline, crossq_td3], ids=["sac", "td3"])
+SCRIPTS = [sac_baseline, crossq_sac, crossq_td3, crossq_wn_highutd]
 
 
 def make_batch(seed=0):
@@ -130,7 +132,7 @@ def run_loop(tmp_path, monkeypatch):
     return run
 
 
-# ------------------------------------------------------------------------------ both scripts
+# ----------------------------------------------------------------------------- several scripts
 
 
 def test_settings():
@@ -156,7 +158,7 @@ def test_settings():
         assert rates == expected
 
 
-@SCRIPTS
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_both_updates_take_the_batch_and_noise_of_their_own(script):
     """Standard normal, independent per row, dimension and update, and of critic and actor."""
     agent, calls = make_agent(script, policy_delay=1), {"critic_loss": [], "actor_loss": []}
@@ -168,14 +170,51 @@ def test_both_updates_take_the_batch_and_noise_of_their_own(script):
         agent.update(batch, rng)
     critic, actor = calls.values()
     assert len(critic) == len(actor) == 2 and all(x is batch for x, *_ in critic + actor)
-    with_noise = critic + actor if script is sac_baseline else critic
+    with_noise = critic if script is crossq_td3 else critic + actor
     drawn = torch.cat([draws["noise"] for _, draws in with_noise], -1)
-    assert drawn.shape == (32 * BATCH, ACTIONS * (4 if script is sac_baseline else 2))
+    assert drawn.shape == (32 * BATCH, ACTIONS * (2 if script is crossq_td3 else 4))
     assert torch.allclose(drawn.T.cov(), torch.eye(drawn.shape[1]), atol=0.15)
     assert drawn.mean(0).abs().max() < 0.1 and drawn[:, 0].unique().numel() > 2000
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_noise_comes_from_the_runs_own_generator(script):
+    """The same seed draws the same noise, and PyTorch's global generator is left alone."""
+    agent, batch = make_agent(script), make_batch()
+    before = torch.get_rng_state()
+    draws = [agent.draw(batch, torch.Generator().manual_seed(seed))["noise"] for seed in (5, 5, 6)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_logged_q_is_that_of_the_batch(script):
+    """Of (s, a) alone, which is the first half of a joint pass, and of the critic, not its target."""
+    agent, batch, outputs = make_agent(script, updates=4), make_batch(50), []
+    agent.critic.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    loss, info = agent.critic_loss(batch, {"noise": noise()})
+    (output,) = outputs
+    assert output.shape[1] == BATCH * (1 if script is sac_baseline else 2)
+    assert torch.allclose(info["diagnostics/q_mean"], output[:, :BATCH].mean())
+    assert info["losses/critic"] is loss
+
+
 # -------------------------------------------------------------------------------------- SAC
+
+
+@pytest.mark.parametrize("script", [sac_baseline, crossq_sac, crossq_wn_highutd])
+def test_sac_explores_with_its_own_standard_deviation(script):
+    """tanh(mean + std * noise), of the actor in evaluation mode; without a generator tanh(mean)."""
+    agent, obs = make_agent(script, updates=9), np.ones(OBS)
+    norm = None if script is sac_baseline else "running"
+    mean, log_std = forward(agent.actor, torch.ones(1, OBS).double(), norm).detach().chunk(2, -1)
+    for seed in range(5):
+        agent.actor.train()  # the mode an actor update leaves
+        drawn = torch.randn(1, ACTIONS, generator=torch.Generator().manual_seed(seed))
+        expected = torch.tanh(mean + log_std.exp() * drawn)[0]
+        action = agent.act(obs, torch.Generator().manual_seed(seed))
+        assert action.shape == (ACTIONS,) and np.allclose(action, expected)
+    assert np.allclose(agent.act(obs), torch.tanh(mean)[0], atol=1e-12)
 
 
 def distribution(agent, obs):
