@@ -573,9 +573,8 @@ class Run:
             "agent": self.agent.state_dict(),
             "n_updates": self.agent.n_updates,
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            "rows": self.buffer.rows[: self.buffer.size]
-            .cpu()
-            .clone(),  # a view would save all rows
+            # A view would be saved with all rows of the buffer.
+            "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),
             "position": self.buffer.position,
             "rng": self.rng.get_state(),
         }

@@ -219,13 +219,16 @@ command_of() { # I: its whole command line
   fi
 }
 
-# run_one I [setsid]: starts or resumes run I and waits for its end, in a shell of its own. This
-# passes on the first SIGTERM and no other, because a second signal ends a script at once, without a
-# checkpoint. With setsid the run has a session of its own too, which Ctrl-C does not reach.
+# run_one I SIGNAL [setsid]: starts or resumes run I and waits for its end, in a shell of its own.
+# A second signal ends a script at once, without a checkpoint, so a run must hear of only one: the
+# first SIGNAL to this shell is passed on as a SIGTERM. With setsid the run has a session of its
+# own, which Ctrl-C does not reach.
 run_one() {
   local folder=$runs/${names[$1]} line code=0
   stopped='' child='' # global: the trap outlives this function
-  trap '[[ -n $stopped || -z $child ]] || kill -TERM "$child" 2>/dev/null || true; stopped=1' TERM
+  trap 'stopped=1' TERM # unless SIGNAL is TERM: see run_task
+  # In one command, because a second SIGNAL may interrupt this between two.
+  trap '((stopped++)) || [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' "$2"
   trap '' INT HUP # the terminal sends them to every shell; run.sh then sends a SIGTERM
   mkdir -p "$folder"
   # The log is the run's lock too. The run holds it as long as it lives, even if this shell is
@@ -239,7 +242,7 @@ run_one() {
   line=$(command_of "$1")
   echo "== $(date '+%F %T') in $cwd: $line" >&9
   cd "$cwd"
-  eval "exec ${2-} $line" </dev/null >&9 2>&1 &
+  eval "exec ${3-} $line" </dev/null >&9 2>&1 &
   child=$!
   [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null || true
   while :; do # `wait` returns early at a signal
@@ -313,7 +316,7 @@ run_here() {
     echo "start    ${names[$i]}${mask:+ on GPU $mask}"
     (
       [[ -z $mask ]] || export CUDA_VISIBLE_DEVICES=$mask
-      run_one "$i" setsid
+      run_one "$i" TERM setsid
     ) &
     pid=$! busy[slot]=1
     slots[$pid]=$slot run_of[$pid]=$i started[$pid]=$SECONDS
@@ -335,7 +338,7 @@ submit() { # one array, whose indices are those of the unfinished runs
   local options name o
   name=crossq-$(cksum <<<"$runs" | cut -d ' ' -f 1)
   options=(--parsable "--job-name=$name" "--output=$runs/slurm-%A_%a.log" --open-mode=append
-    --requeue --signal=B:TERM@60 "--array=$(IFS=, && echo "${todo[*]}")${jobs:+%$jobs}")
+    --requeue --signal=B:USR1@60 "--array=$(IFS=, && echo "${todo[*]}")${jobs:+%$jobs}")
   for o in partition gpus time account; do [[ -z ${!o} ]] || options+=("--$o=${!o}"); done
   # shellcheck disable=SC2206 # --sbatch is a list of words
   options+=($sbatch)
@@ -361,10 +364,11 @@ run_task() { # one of the array's, in its batch shell
   local job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   begun=$(date +%s)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-  run_one "$task" || code=$?
-  # A SIGTERM while the job still counts as running comes before its time limit, or with the grace
-  # of a pre-emption: the task is to run again. Not after scancel, though, and not if the time was
-  # too short to get anywhere.
+  # Before its time limit, this shell alone gets a SIGUSR1, see submit. A SIGTERM, of a pre-emption
+  # or of scancel, goes to all processes of the job, so the run has got it too.
+  run_one "$task" USR1 || code=$?
+  # If the job still counts as running, the task is to run again: Slurm itself does not requeue it.
+  # Not if the time was too short to get anywhere, though.
   if [[ -n $stopped && $code != 0 && $(scontrol show job -o "$job") = *JobState=RUNNING* ]] &&
     [[ -e $checkpoint ]] && (($(stat -c %Y "$checkpoint") >= begun)); then
     echo "${names[$task]}: stopped with a checkpoint; requeued"

@@ -30,19 +30,6 @@ def environment():
 
 
 @pytest.fixture
-def short_warmup(monkeypatch):
-    """short_warmup(script, n): batch renorm leaves its warm-up after n forwards in place of 100
-    000, if it has any."""
-
-    def shorten(script, n):
-        if hasattr(script, "BatchRenorm"):
-            momentum, _, *rest = script.BatchRenorm.__init__.__defaults__
-            monkeypatch.setattr(script.BatchRenorm.__init__, "__defaults__", (momentum, n, *rest))
-
-    return shorten
-
-
-@pytest.fixture
 def run_script(tmp_path):
     """run_script("crossq_sac.py", "--seed", 1, ...) -> CompletedProcess, with tmp_path as the
     current directory."""

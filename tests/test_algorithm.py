@@ -60,7 +60,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def ioffe(x, mean, var, warm, r_max=3.0, d_max=5.0, eps=1e-3):
-    """Ioffe 2017 in numpy: the output, and g -> the gradient of sum(output * g), r and d constant."""
+    """Ioffe 2017 in numpy: the output, and g -> the gradient of sum(output * g)."""
     mu, sigma = x.mean(0), np.sqrt(x.var(0) + eps)
     running = np.sqrt(var + eps)
     r, d = np.ones_like(mu), np.zeros_like(mu)
@@ -101,7 +101,7 @@ def test_batch_renorm_is_ioffes(warm):
 
 
 def test_batch_renorm_is_batch_norm_in_the_warm_up():
-    """The same output and running mean as torch's with eps 1e-3; its running variance is unbiased."""
+    """The output and the running mean of torch's, whose running variance is unbiased."""
     x = torch.randn(20, 3)
     ours, theirs = BatchRenorm((1, 3), 100), nn.BatchNorm1d(3, eps=1e-3, momentum=0.01)
     assert torch.allclose(ours(x), theirs(x), atol=1e-6)
@@ -122,7 +122,7 @@ def test_training_output_is_eval_output_after_the_warm_up():
 
 
 def test_warm_up_ends_after_exactly_so_many_training_forwards():
-    """With a warm-up of 3, forwards 1 to 3 are batch norm, the fourth is not; eval does not count."""
+    """With a warm-up of 3, forwards 1 to 3 are batch norm, the fourth is not. Eval is no forward."""
     layer = BatchRenorm((1, 2), warmup=3)
     for forward in range(1, 6):
         x = torch.randn(8, 2) + 5
@@ -279,7 +279,7 @@ def test_the_actor_update_leaves_the_critics_weights_alone_and_uses_them_in_eval
 
 
 def test_actor_and_temperature_have_a_loss_each():
-    """The actor's depends on alpha as a constant, the temperature's on the entropy as a constant."""
+    """To the actor's, alpha is a constant; to the temperature's, the entropy is."""
     agent, batch = make_agent(alpha=0.5), make_batch()
     loss, info = agent.actor_loss(batch, {"noise": noise()})
     assert torch.autograd.grad(loss, agent.log_alpha, allow_unused=True) == (None,)

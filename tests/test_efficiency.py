@@ -1,4 +1,4 @@
-"""What keeps an update fast everywhere: few operators, no waiting for the device, no growing memory."""
+"""What keeps an update fast: few operators, no wait for the device, no growing memory."""
 
 import functools
 import gc

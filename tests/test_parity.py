@@ -93,7 +93,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 def compare(model, module, draws, policy_delay, monkeypatch, **changes):
-    """UPDATES times model.train() beside agent.update(); `draws`: what each noise of theirs is for."""
+    """UPDATES times model.train() beside agent.update(); `draws`: what their noise is for."""
     args = module.Args(critic_width=WIDTH, actor_width=WIDTH, **changes)
     agent = module.Agent(OBS, ACTIONS, args).double()
     agent.load_state_dict(weights_of(model))  # strict: every tensor of ours has one of theirs

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_run import SCRIPTS, assert_identical, evaluations, every_script, load, main, refused  # noqa: F401
 
-TINY = """--critic-width 16 --actor-width 16 --batch-size 16 --learning-starts 40 --device cpu --compile off
-    --eval-episodes 1 --utd 1""".split()
+TINY = """--critic-width 16 --actor-width 16 --batch-size 16 --learning-starts 40 --eval-episodes 1
+    --device cpu --compile off --utd 1""".split()
 CROSSQ = {"policy_delay": 1, "critic_lr": 8e-4, "actor_lr": 8e-4}
 DMC_DEFAULTS = {  # appendix A.1 of CrossQ's paper: 8e-4 for all algorithms, the temperature too
     "sac_baseline": CROSSQ | {"alpha_lr": 8e-4},

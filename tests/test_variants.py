@@ -69,8 +69,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 def assert_gradients(agent, optimizer, loss, inputs, expected_loss, names):
-    """descend() leaves the gradient of expected_loss in the parameters of the named optimiser, which
-    are those of `names` and no others."""
+    """descend() leaves the gradient of expected_loss in the named optimiser's parameters, which are
+    those of `names` and no others."""
     groups = agent.optimizers[optimizer].param_groups
     ours = {id(p) for group in groups for p in group["params"]}
     named = {name: p for name, p in agent.named_parameters() if id(p) in ours}
@@ -189,7 +189,7 @@ def test_noise_comes_from_the_runs_own_generator(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_logged_q_is_that_of_the_batch(script):
-    """Of (s, a) alone, which is the first half of a joint pass, and of the critic, not its target."""
+    """Of (s, a) alone, the first half of a joint pass; of the critic, not of its target."""
     agent, batch, outputs = make_agent(script, updates=4), make_batch(50), []
     agent.critic.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     loss, info = agent.critic_loss(batch, {"noise": noise()})
@@ -252,7 +252,7 @@ def test_sac_critic_gradient_is_that_of_the_target_network():
 
 
 def test_sac_actor_gradient_is_that_of_the_critic():
-    """alpha log pi - min over BOTH critics, not their targets; the temperature's: alpha (H + dim A)."""
+    """alpha log pi - min over BOTH critics, not targets; the temperature's: alpha (H + dim A)."""
     agent, obs = make_agent(sac_baseline, updates=9), make_batch(50)[0]
     with torch.no_grad():
         agent.log_alpha.fill_(math.log(0.3))

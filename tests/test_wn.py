@@ -128,7 +128,7 @@ def no_epsilon(monkeypatch):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_scale_invariance_and_its_gradient(no_epsilon, layer):
-    """Theorems 4.1 and 4.2: c W and c b give the same outputs, and 1 / c of the gradients by them."""
+    """Theorems 4.1 and 4.2: c W and c b give the same outputs, and 1 / c of the gradients."""
     net = make_agent(wn, updates=3).critic.train()
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(BATCH, OBS + ACTIONS, generator=generator).double()
@@ -192,7 +192,7 @@ def test_the_temperature_does_not_decay():
 
 @pytest.mark.parametrize("name", ["critic", "actor"])
 def test_weight_decay_is_decoupled_and_of_the_output_layer(name):
-    """A step with gradients of zero multiplies the output layer by 1 - lr decay, and nothing else."""
+    """A step with gradients of zero multiplies the output layer by 1 - lr decay, nothing else."""
     agent = make_agent(wn, updates=3, weight_decay=0.5)
     net, optimizer = getattr(agent, name), agent.optimizers[name]
     before = copy_of(net)
@@ -226,7 +226,7 @@ def squashed(out, eps):
 
 
 def test_critic_loss():
-    """Both networks normalise the joint batch by its own statistics; the target's weights are older."""
+    """Both networks use the joint batch's own statistics; the target's weights are older."""
     agent, batch = make_agent(wn, updates=6, tau=0.1), make_batch(50)
     obs, action, reward, done, next_obs = batch
     next_action, log_prob = squashed(forward(agent.actor, next_obs, "running"), noise())
@@ -245,7 +245,7 @@ def test_critic_loss():
 
 
 def test_actor_loss():
-    """The actor in training mode on s alone, the critic in evaluation mode; then the temperature's."""
+    """The actor in training mode on s alone, the critic in evaluation mode; the temperature's."""
     agent, (obs, *_) = make_agent(wn, updates=6, entropy_factor=0.3, alpha=1.0), make_batch(50)
     action, log_prob = squashed(forward(agent.actor, obs, "batch"), noise())
     q = forward(agent.critic, torch.cat([obs, action], -1), "running")[..., 0]
@@ -326,8 +326,8 @@ def test_utd_5_is_five_critic_updates_and_the_policy_delay_counts_them(run_loop)
 
 def test_action_repeat_counts_environment_steps(run_loop):  # noqa: F811
     """Rewards are summed; a repeat stops at the episode's end, and counts whole all the same."""
-    flags = "--env-id tiny_envs:Truncated-v0 --action-repeat 4 --learning-starts 100 --total-timesteps 24"
-    buffer = run_loop(wn, flags)["buffer"]
+    flags = "--env-id tiny_envs:Truncated-v0 --action-repeat 4 --total-timesteps 24"
+    buffer = run_loop(wn, f"{flags} --learning-starts 100")["buffer"]
     obs, action, reward, done, next_obs = buffer.rows[: buffer.size].split(buffer.widths, -1)
     # Episodes of 10 steps, cut by time.
     assert reward[:, 0].tolist() == [4, 4, 2, 4, 4, 2] and done.sum() == 0
