@@ -563,6 +563,7 @@ class Run:
             "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),
             "position": self.buffer.position,
             "rng": self.rng.get_state(),
+            "global_rng": torch.get_rng_state(),  # of which a reset makes its networks
         }
         with open(self.folder / "checkpoint.tmp", "wb") as file:
             torch.save(checkpoint, file)
@@ -579,6 +580,7 @@ class Run:
             optimizer.load_state_dict(checkpoint["optimizers"][name])
         self.buffer.size, self.buffer.position = len(checkpoint["rows"]), checkpoint["position"]
         self.buffer.rows[: self.buffer.size] = checkpoint.pop("rows")
+        torch.set_rng_state(checkpoint["global_rng"])
         if checkpoint["rng"].shape == self.rng.get_state().shape:  # CUDA's is not the CPU's
             self.rng.set_state(checkpoint["rng"])
         self.open_episode(env, self.episode, self.actions)
@@ -696,7 +698,7 @@ def main(
     rng = torch.Generator(device).manual_seed(args.seed)  # of all that is random from here on
     run = Run(args, agent, buffer, rng)
     eval_env = make_env(args)
-    eval_env.signals = run.signals
+    eval_env.set_wrapper_attr("signals", run.signals)
     if checkpoint:
         run.load(checkpoint, env)
     else:
