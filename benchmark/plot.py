@@ -1,28 +1,30 @@
-"""Learning curves, aggregates, diagnostics and tables from `evaluations.csv` files, beside the
-published curves.
+"""Draws learning curves, aggregates and diagnostics, and prints tables, from `evaluations.csv`
+files, beside the published curves.
 
     pip install matplotlib==3.11.2 scipy==1.17.1
-    python benchmark/plot.py                             # benchmark/results/SETTING/ENV/SEED.csv
+    python benchmark/plot.py                            # benchmark/results/SETTING/ENV/SEED.csv
     python benchmark/plot.py --runs runs --out figures  # runs/NAME/{evaluations.csv,args.json}
 
-Writes, as PNG and SVG, curves (a panel per environment), aggregate (a panel per suite of which two
-environments are there) and panels (Q-bias, weight norm, effective learning rate; where probe.py has
-left probe.csv files: in a run's folder, in results/ as SETTING/ENV/SEED.probe.csv or
-_FOLDER/NAME/probe.csv). Prints Markdown tables.
+There are three figures, each as PNG and SVG. `curves` has a panel per environment. `aggregate` has
+a panel per suite, if two of its environments are there. `panels` has the Q-bias, the weight norm
+and the effective learning rate, if probe.py has left probe.csv files. They lie in a run's folder;
+in results/ they are SETTING/ENV/SEED.probe.csv or _FOLDER/NAME/probe.csv. The tables are Markdown.
 
-The script of a run under --runs is the one in its name, if that has a script's default form
-ENV__SCRIPT__SEED__TIME or run.sh's ENV__SCRIPT+FLAGS__SEED, else the one that its checkpoint.pt
-names. Runs of one script and FLAGS are told apart by the flags in args.json that differ, machine
-and logging aside.
+The script of a run under --runs is the one in its name, if that has the default form
+ENV__PROGRAM__SEED__TIME or run.sh's form ENV__PROGRAM+FLAGS__SEED. Otherwise it is the program that
+its checkpoint.pt names. Runs of one script and FLAGS are told apart by the flags in args.json that
+differ, but not by those of machine and logging. A flag that some runs do not have is a difference
+too, so runs from before a flag existed are told apart from later ones.
 
-Score: the mean return of an evaluation's episodes, or the success rate where every evaluation has
-one. Seeds are averaged only at steps that all of them have, so a curve ends where the shortest
-ends. IQM: the mean without the lowest and the highest quarter, rounded down: of fewer than four
-seeds the mean. Interval: percentile bootstrap over the seeds, in aggregates stratified by
-environment; with three seeds it covers less than its name says. The papers: IQM and 70 % (CrossQ),
-IQM and 90 % (CrossQ + WN). Aggregates: return / 1000 (DMC), success (MyoSuite), (return - random) /
-(TD3 - random) (MuJoCo). --x hours (from the TensorBoard events, pauses before a resume left out)
-and updates (of the critic) place a point at the mean over its seeds.
+A score is the mean return of an evaluation's episodes, or the success rate where every evaluation
+has one. Seeds are averaged only at the steps that all of them have, so a curve ends where the
+shortest one ends. The IQM is the mean without the lowest and the highest quarter, both rounded
+down: of fewer than four seeds it is the mean. The interval is a percentile bootstrap over the
+seeds, in aggregates stratified by environment. With three seeds it covers less than its name says.
+The papers show IQM and 70 % (CrossQ), and IQM and 90 % (CrossQ + WN). Aggregates are the means of
+return / 1000 (DMC), of success (MyoSuite), or of (return - random) / (TD3 - random) (MuJoCo).
+`--x hours` counts from the TensorBoard events, without the pauses before a resume, and `--x
+updates` counts those of the critic. Both place a point at the mean over its seeds.
 """
 
 import argparse
@@ -39,10 +41,8 @@ try:
     import numpy as np
     from scipy import stats
 except ImportError as e:
-    print(
-        f"plot.py: error: {e}; this needs: pip install matplotlib==3.11.2 scipy==1.17.1",
-        file=sys.stderr,
-    )
+    needed = "this needs: pip install matplotlib==3.11.2 scipy==1.17.1"
+    print(f"plot.py: error: {e}; {needed}", file=sys.stderr)
     raise SystemExit(2) from None
 
 matplotlib.use("Agg")
@@ -51,18 +51,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import EngFormatter  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-COLOURS = [
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-]  # Okabe-Ito: for the colour-blind too
+# Those of Okabe and Ito, which the colour-blind can tell apart too.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "-.", (0, (8, 2))]  # of settings 1 to 6, 7 to 12, 13 to 18
+# These flags do not change what is learnt by a step.
 HOUSEKEEPING = """env_id seed total_timesteps device run_name eval_every eval_episodes
-    checkpoint_every resume evaluate
-    capture_video track compile""".split()  # flags that do not change what is learnt by a step
+    checkpoint_every resume evaluate track compile""".split()
+# The defaults of these depend on the suite.
+BY_SUITE = "action_repeat gamma policy_delay critic_lr actor_lr alpha_lr".split()
 RANDOM_TD3 = {  # TD7's appendix (arXiv 2306.02451); MR.Q and SimbaV2 normalise by it too
     "HalfCheetah-v4": (-289.415, 10574), "Hopper-v4": (18.791, 3226), "Walker2d-v4": (2.791, 3946),
     "Ant-v4": (-70.288, 3942), "Humanoid-v4": (120.423, 5165),
@@ -80,33 +76,20 @@ AXES = {
     "updates": "gradient steps of the critic",
 }
 SOURCE = "SimbaV2's repository"
-# File in published/, algorithm (None: no such column), band, label, line (none: table only).
+# File in published/, algorithm (None: it has no such column), band, label, line (no line: it is in
+# the table only).
 PUBLISHED = [
-    (
-        "crossq_gym_lowstep.csv",
-        None,
-        "q15 q85",
-        f"CrossQ, 2048 wide ({SOURCE}); band: 70 % of the 10 seeds",
-        "--",
-    ),
+    ("crossq_gym_lowstep.csv", None, "q15 q85",
+     f"CrossQ, 2048 wide ({SOURCE}); band: 70 % of the 10 seeds", "--"),
     ("gate_bootstrap.csv", "CrossQ(utd1)", "m5_q05 m5_q95", "", ""),
-    (
-        "gate_bootstrap.csv",
-        "SAC(utd1)",
-        "m5_q05 m5_q95",
-        f"SAC, mean ({SOURCE}); band: 90 % of means of 5 seeds",
-        ":",
-    ),
+    ("gate_bootstrap.csv", "SAC(utd1)", "m5_q05 m5_q95",
+     f"SAC, mean ({SOURCE}); band: 90 % of means of 5 seeds", ":"),
     ("bro_official.csv", "BRO(utd10)", "", "BRO, UTD 10 (its repository)", (0, (4, 1, 1, 1))),
     ("simba_repos.csv", "SimBa(utd2)", "", f"SimBa, UTD 2 ({SOURCE})", (0, (1, 3))),
     ("simba_repos.csv", "SAC(utd1)", "", f"SAC, UTD 1 ({SOURCE})", (0, (1, 1))),
-]
-MARKERS = {
-    None: "o",
-    "SAC(utd1)": "s",
-    "BRO(utd10)": "D",
-    "SimBa(utd2)": "^",
-}  # where one has a single point
+]  # fmt: skip
+# Of the published algorithms that have a single point somewhere.
+MARKERS = {None: "o", "SAC(utd1)": "s", "BRO(utd10)": "D", "SimBa(utd2)": "^"}
 WINDOW = 16_666  # environment steps over which the published steps to a return were smoothed
 
 
@@ -121,7 +104,7 @@ class Run:
 
 @dataclasses.dataclass
 class Curve:
-    """Of one setting: the evaluated steps [T], their places x [T], and values [seeds, T] of each
+    """One setting's evaluated steps [T], their places x [T], and the values [seeds, T] of each
     environment."""
 
     steps: list[int]
@@ -135,17 +118,14 @@ class Panel:
     ylabel: str
     scale: str
     curves: dict[str, Curve]  # by setting
-    published: list[
-        tuple
-    ]  # algorithm, label, line, {environment step: (value,) or (value, low, high)}
+    # Algorithm, label, line, {environment step: (value,) or (value, low, high)}.
+    published: list[tuple]
 
 
 def natural(name: str) -> list:
-    """Sorting key: utd 2 before utd 10, the published last."""
-    return [
-        name.startswith("published"),
-        *(int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)),
-    ]
+    """A key to sort by: utd 2 comes before utd 10, and what is published comes last."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)  # every second one is a number
+    return [name.startswith("published"), *(float(p) if i % 2 else p for i, p in enumerate(parts))]
 
 
 def note(message: str) -> None:
@@ -161,14 +141,14 @@ def fail(message: str) -> None:
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a CSV file as dictionaries; lines that start with # are comments."""
+    """The rows of a CSV file as dictionaries. Lines that start with # are comments."""
     with open(path) as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 def read_evaluations(path: Path) -> dict[str, dict[int, float]]:
-    """evaluations.csv -> {"return": {step: mean over the episodes}}, and "success" where every
-    episode has one."""
+    """From evaluations.csv: {"return": {step: mean over the episodes}}, and "success" in the same
+    way if every episode has one."""
     rows, curves = read_table(path), {}
     for name in ("return", "success"):
         if all(row[name] for row in rows):
@@ -180,16 +160,15 @@ def read_evaluations(path: Path) -> dict[str, dict[int, float]]:
 
 
 def read_probe(path: Path) -> dict[str, dict[int, float]]:
-    """probe.csv -> the quantities of DIAGNOSTICS, {quantity: {step: value}}; nothing if there is no
-    such file."""
+    """From probe.csv: {quantity: {step: value}} for those of DIAGNOSTICS. Without such a file there
+    are none."""
     values, curves = defaultdict(dict), defaultdict(dict)
     for step, quantity, value in csv.reader(open(path)) if path.exists() else ():
         values[int(step)][quantity] = float(value)  # after a resume, a step's last row counts
     for step, at in values.items():
         for name, combine in (("weight_norm", np.sum), ("effective_lr", np.mean)):
-            layers = [
-                v for quantity, v in at.items() if re.fullmatch(rf"critic/\d+/{name}", quantity)
-            ]
+            layer = re.compile(rf"critic/\d+/{name}")
+            layers = [value for quantity, value in at.items() if layer.fullmatch(quantity)]
             at |= {name: float(combine(layers))} if layers else {}  # none before the first update
         for name in DIAGNOSTICS.keys() & at.keys():
             curves[name][step] = at[name]
@@ -197,11 +176,11 @@ def read_probe(path: Path) -> dict[str, dict[int, float]]:
 
 
 def load_results(folder: Path) -> list[Run]:
-    """SETTING/ENV/SEED.csv, and probe.csv of _FOLDER/NAME/, which are no learning curves."""
+    """Reads SETTING/ENV/SEED.csv, and _FOLDER/NAME/probe.csv, which is no learning curve."""
     runs = []
-    for path in sorted(
-        p for p in folder.glob("[!_]*/*/*.csv") if not p.name.endswith(".probe.csv")
-    ):
+    for path in sorted(folder.glob("[!_]*/*/*.csv")):
+        if path.name.endswith(".probe.csv"):
+            continue
         curves = read_evaluations(path) | read_probe(path.with_suffix(".probe.csv"))
         runs.append(Run(path.parts[-3], path.parts[-2], path.stem, curves, {}))
     for path in sorted(folder.glob("_*/*/probe.csv")):
@@ -212,57 +191,45 @@ def load_results(folder: Path) -> list[Run]:
 
 
 def load_runs(folder: Path, x: str) -> list[Run]:
-    """NAME/{evaluations.csv,args.json[,probe.csv]}; of one setting, environment and seed only the
-    longest run."""
-    paths = [
-        path.parent
-        for path in sorted(folder.glob("*/args.json"))
-        if (path.parent / "evaluations.csv").exists()
-    ]
-    all_args, runs = (
-        {path: json.loads((path / "args.json").read_text())["args"] for path in paths},
-        {},
-    )
+    """Reads NAME/{evaluations.csv,args.json[,probe.csv]}. Of one setting, environment and seed only
+    the longest run counts."""
+    paths = [path.parent for path in sorted(folder.glob("*/args.json"))]
+    paths = [path for path in paths if (path / "evaluations.csv").exists()]
+    all_args = {path: json.loads((path / "args.json").read_text())["args"] for path in paths}
     scripts = {path: script_of(path) for path in paths}  # with the flags in its name
     shared = set.intersection(*(set(script[1:]) for script in scripts.values())) if paths else set()
+    runs = {}
     for path, args in all_args.items():
+        script, *named = scripts[path]
         flags = differing([all_args[p] for p in paths if scripts[p] == scripts[path]])
         flags = [f"{flag.replace('_', '-')}={args[flag]}" for flag in flags if flag in args]
-        setting = ", ".join(
-            [scripts[path][0], *(flag for flag in scripts[path][1:] if flag not in shared), *flags]
-        )
+        setting = ", ".join([script, *(flag for flag in named if flag not in shared), *flags])
         curves = read_evaluations(path / "evaluations.csv") | read_probe(path / "probe.csv")
         run = Run(setting, re.sub(r"[/\\:]", "_", args["env_id"]), str(args["seed"]), curves, {})
         done, key = curves["return"], (run.setting, run.env, run.seed)
-        if not done or key in runs:
-            note(
-                f"{path}: "
-                + (
-                    "no evaluation yet"
-                    if not done
-                    else f"{key} is there twice; only the longer counts"
-                )
-            )
-        if done and (key not in runs or max(done) > max(runs[key].curves["return"])):
+        if not done:
+            note(f"{path}: no evaluation yet")
+            continue
+        if key in runs:
+            note(f"{path}: {key} is there twice; only the longer counts")
+        if key not in runs or max(done) > max(runs[key].curves["return"]):
             run.x = hours(path) if x == "hours" else {step: step for step in done}
             if x == "updates":
-                run.x = {
-                    step: (step / args["action_repeat"] - args["learning_starts"]) * args["utd"]
-                    for step in done
-                }
-                run.x = {step: n for step, n in run.x.items() if n >= 0}
+                begin = args["learning_starts"] * args["action_repeat"]
+                rate = args["utd"] / args["action_repeat"]
+                run.x = {step: (step - begin) * rate for step in done if step >= begin}
             runs[key] = run
     return list(runs.values())
 
 
 def script_of(path: Path) -> list[str]:
-    """The script of a run's folder, and the flags in its name; see the top."""
-    if match := re.fullmatch(
-        r".+?__(?:ablate_)?([a-zA-Z]\w*?(?:\+.+?)?)__\d+(?:__\d+)?", path.name
-    ):
+    """The script of a run's folder, and the flags in its name: see the top. A script that
+    ablate.py runs counts as the script itself, because the flags of ablate.py tell them apart."""
+    name = r".+?__(?:ablate_)?([a-zA-Z]\w*?(?:\+.+?)?)__\d+(?:__\d+)?"
+    if match := re.fullmatch(name, path.name):
         return match[1].split("+")
     if not (path / "checkpoint.pt").exists():
-        fail(f"{path}: of which script? Call it ENV__SCRIPT__SEED__TIME, or leave its checkpoint")
+        fail(f"{path}: of which script? Call it ENV__PROGRAM__SEED__TIME, or leave its checkpoint")
     import torch  # only here: it takes seconds
 
     checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
@@ -270,21 +237,20 @@ def script_of(path: Path) -> list[str]:
 
 
 def differing(all_args: list[dict]) -> list[str]:
-    """Flags that differ between runs; action_repeat and gamma within an environment, on which their
-    defaults depend."""
+    """The flags that differ between runs; those of BY_SUITE, between runs of one suite."""
 
     def differs(flag: str) -> bool:
-        key = "env_id" if flag in {"action_repeat", "gamma"} else None
-        values = {(args.get(key), json.dumps(args.get(flag))) for args in all_args}
-        return len(values) > len({env for env, _ in values})
+        suites = [suite_of(args["env_id"]) if flag in BY_SUITE else None for args in all_args]
+        values = [json.dumps(args.get(flag)) for args in all_args]
+        return len(set(zip(suites, values))) > len(set(suites))
 
     flags = dict.fromkeys(flag for args in all_args for flag in args if flag not in HOUSEKEEPING)
     return [flag for flag in flags if differs(flag)]
 
 
 def hours(path: Path) -> dict[int, float]:
-    """{environment step: hours of running until its evaluation was written}, over all parts of a
-    resumed run."""
+    """{environment step: hours that the run had run when its evaluation was written}. The parts of
+    a resumed run are added up."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     out, before = {}, 0.0
@@ -294,50 +260,42 @@ def hours(path: Path) -> dict[int, float]:
             if any(value.tag == "eval/return" for value in event.summary.value):
                 out[event.step] = (before + event.wall_time - events[0].wall_time) / 3600
         before += events[-1].wall_time - events[0].wall_time
-    return out or fail(
-        f"--x hours is not available: {path} has no TensorBoard events of eval/return"
-    )
+    return out or fail(f"--x hours is not available: {path} has no events of eval/return")
 
 
 def published(envs: list[str], last: int, statistic: str) -> list[tuple]:
-    """Of each published algorithm that has all envs: name, label, line, {step <= last: (value, low,
-    high) or (value,)}.
+    """Name, label, line, {step <= last: (value, low, high) or (value,)} of each published algorithm
+    that has all envs.
 
-    Of several environments, the mean of their normalised values. The mean over seeds where a file
-    has no IQM.
+    Of several environments, it is the mean of their normalised values. Where a file has no IQM, it
+    is the mean over the seeds.
     """
     out = []
     for file, alg, band, label, line in PUBLISHED:
         tasks = []
         for env in envs:
-            rows = [
-                r
-                for r in read_table(HERE / "published" / file)
-                if (r["env"], r.get("alg")) == (name_of(env), alg)
-            ]
+            rows = read_table(HERE / "published" / file)
+            rows = [r for r in rows if (r["env"], r.get("alg")) == (name_of(env), alg)]
             names = [statistic if rows and statistic in rows[0] else "mean", *band.split()]
-            tasks.append(
-                {int(r["env_step"]): tuple(float(r[name]) for name in names) for r in rows}
-            )
+            values = {int(r["env_step"]): tuple(float(r[name]) for name in names) for r in rows}
+            tasks.append(values)
         steps = sorted(step for step in set.intersection(*map(set, tasks)) if step <= last)
         values = {step: tasks[0][step] for step in steps}
         if len(envs) > 1:
             label = label.split("; band")[0] + ", mean of the tasks"
-            values = {
-                s: (np.mean([normalised(env, task[s][0]) for env, task in zip(envs, tasks)]),)
-                for s in steps
-            }
+            for s in steps:
+                scores = [normalised(env, task[s][0]) for env, task in zip(envs, tasks)]
+                values[s] = (np.mean(scores),)
         out += [(alg, f"published: {label}", line, values)] if values else []
     return out
 
 
 def name_of(env: str) -> str:
-    """Published names: dm_control_ball_in_cup-catch-v0 -> ball-in-cup-catch, myoHandPoseRandom-v0
-    -> myo-pose-hard."""
+    """What an environment is called in published/: dm_control_ball_in_cup-catch-v0 is
+    ball-in-cup-catch, and myoHandPoseRandom-v0 is myo-pose-hard."""
     if match := re.fullmatch(r"myoHand(\w+)(Fixed|Random)-v0", env):
-        return (
-            "myo" + re.sub("([A-Z])", r"-\1", match[1]).lower() + "-hard" * (match[2] == "Random")
-        )
+        task = re.sub("([A-Z])", r"-\1", match[1]).lower()
+        return f"myo{task}" + "-hard" * (match[2] == "Random")
     return env.removeprefix("dm_control_").removesuffix("-v0").replace("_", "-")
 
 
@@ -347,8 +305,8 @@ def name_of(env: str) -> str:
 def estimate(samples: list[np.ndarray], statistic: str, level: int) -> np.ndarray:
     """Mean or IQM over all seeds of all environments, and its stratified bootstrap interval.
 
-    samples: an array [seeds, ...] per environment. Returns [3, ...]: value, low, high; of one seed
-    no interval, NaN.
+    `samples` has an array [seeds, ...] per environment. Returns [3, ...]: value, low and high. One
+    seed has no interval: low and high are NaN.
     """
 
     def pooled(*parts, axis):
@@ -357,25 +315,18 @@ def estimate(samples: list[np.ndarray], statistic: str, level: int) -> np.ndarra
     value = pooled(*samples, axis=0)
     if min(map(len, samples)) < 2:
         return np.stack([value, value * np.nan, value * np.nan])
-    options = {
-        "n_resamples": 2000,
-        "confidence_level": level / 100,
-        "method": "percentile",
-        "rng": 0,
-    }
-    interval = stats.bootstrap(samples, pooled, axis=0, **options).confidence_interval
-    return np.stack([value, interval.low, interval.high])
+    options = {"n_resamples": 2000, "confidence_level": level / 100, "method": "percentile"}
+    result = stats.bootstrap(samples, pooled, axis=0, rng=0, **options)
+    return np.stack([value, result.confidence_interval.low, result.confidence_interval.high])
 
 
 def common(runs: list[Run], quantity: str) -> Curve:
-    """The steps that all seeds have, and nothing else."""
-    steps = sorted(
-        set.intersection(*(run.curves.get(quantity, {}).keys() & run.x.keys() for run in runs))
-    )
+    """Has the steps that all seeds have, and nothing else."""
+    there = [run.curves.get(quantity, {}).keys() & run.x.keys() for run in runs]
+    steps = sorted(set.intersection(*there))
     x = np.array([np.mean([run.x[step] for run in runs]) for step in steps])
-    return Curve(
-        steps, x, [np.array([[run.curves[quantity][step] for step in steps] for run in runs])]
-    )
+    values = np.array([[run.curves[quantity][step] for step in steps] for run in runs])
+    return Curve(steps, x, [values])
 
 
 def suite_of(env: str) -> str | None:
@@ -391,16 +342,17 @@ def merged(envs: list[str], curves: list[Curve]) -> Curve:
     """One setting's curves in several environments, normalised, at the steps that all of them
     have."""
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
-    columns = [[curve.steps.index(step) for step in steps] for curve in curves]
-    values = [
-        normalised(env, curve.values[0][:, c]) for env, curve, c in zip(envs, curves, columns)
-    ]
-    return Curve(steps, np.mean([curve.x[c] for curve, c in zip(curves, columns)], 0), values)
+    x, values = [], []
+    for env, curve in zip(envs, curves):
+        columns = [curve.steps.index(step) for step in steps]
+        x.append(curve.x[columns])
+        values.append(normalised(env, curve.values[0][:, columns]))
+    return Curve(steps, np.mean(x, 0), values)
 
 
 def steps_to(curve: Curve, threshold: float) -> np.ndarray:
-    """[seeds]: first step at which the evaluations of the last WINDOW steps have a mean above
-    threshold, else inf."""
+    """[seeds]: the first step at which the evaluations of the last WINDOW steps have a mean above
+    threshold, or inf if there is none."""
     steps, values = np.array(curve.steps), curve.values[0]
     trailing = np.stack([values[:, (s - WINDOW < steps) & (steps <= s)].mean(1) for s in steps], 1)
     return np.where(trailing > threshold, steps, np.inf).min(1)
@@ -418,30 +370,27 @@ def group(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def curve_panels(runs: list[Run], statistic: str) -> list[Panel]:
-    """A panel per environment: success where every run has it, else return."""
+    """A panel per environment. It shows success where every run has it, and otherwise return."""
     panels = []
     for env, settings in group(run for run in runs if "return" in run.curves).items():
         success = all("success" in run.curves for runs in settings.values() for run in runs)
-        curves = {
-            setting: common(runs, "success" if success else "return")
-            for setting, runs in settings.items()
-        }
+        quantity = "success" if success else "return"
+        curves = {setting: common(runs, quantity) for setting, runs in settings.items()}
         for setting, curve in curves.items():
             ends = sorted({max(run.curves["return"], default=0) for run in settings[setting]})
             if curve.steps[-1:] != ends[-1:]:
                 note(f"{setting}, {env}: seeds end at {ends}, in common {curve.steps[-1:]}")
         curves = {setting: curve for setting, curve in curves.items() if curve.steps}
-        last = max(
-            [10_000, *(curve.steps[-1] for curve in curves.values())]
-        )  # published curves begin at 6000 steps
+        # Published curves begin at 6000 steps, and are to be seen beside a shorter run.
+        last = max([10_000, *(curve.steps[-1] for curve in curves.values())])
         ylabel = "success rate" if success else "evaluation return"
         panels.append(Panel(env, ylabel, "linear", curves, published([env], last, statistic)))
     return panels
 
 
 def aggregate_panels(panels: list[Panel], statistic: str) -> list[Panel]:
-    """A panel per suite, over the environments that all settings have, so that settings compare; a
-    setting with one environment alone is left out."""
+    """A panel per suite, over the environments that all settings have, so that settings can be
+    compared. A setting with only one environment is left out."""
     out = []
     for suite, ylabel in SUITES.items():
         members = {panel.title: panel.curves for panel in panels if suite_of(panel.title) == suite}
@@ -460,81 +409,60 @@ def aggregate_panels(panels: list[Panel], statistic: str) -> list[Panel]:
 def diagnostic_panels(runs: list[Run]) -> list[Panel]:
     """A panel per quantity and environment, of the runs that have a probe.csv."""
     panels = []
-    for env, settings in group(
-        run for run in runs if DIAGNOSTICS.keys() & run.curves.keys()
-    ).items():
+    runs = [run for run in runs if DIAGNOSTICS.keys() & run.curves.keys()]
+    for env, settings in group(runs).items():
         for quantity, label in DIAGNOSTICS.items():
             curves = {setting: common(runs, quantity) for setting, runs in settings.items()}
             curves = {setting: curve for setting, curve in curves.items() if curve.steps}
             values = np.concatenate([curve.values[0].ravel() for curve in curves.values()] or [[0]])
-            scale = (
-                "log" if 0 < 20 * values.min() < values.max() else "linear"
-            )  # a critic that diverges
+            # A critic that diverges needs another scale.
+            scale = "log" if 0 < 20 * values.min() < values.max() else "linear"
             scale = "symlog" if values.min() < 0 and abs(values).max() > 5 else scale
             panels.append(Panel(env, label, scale, curves, []))
     return panels
 
 
 def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path: Path) -> None:
-    """Writes path.png and path.svg: the panels, below them one legend; its title says what line and
-    band are."""
+    """Writes path.png and path.svg: the panels, and below them one legend, whose title says what
+    line and band are."""
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(max(4.6 * columns, 7), 3.4 * rows + 1.4),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = max(4.6 * columns, 7), 3.4 * rows + 1.4
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     counts, entries = defaultdict(set), {}
-    points = {
-        label for panel in panels for _, label, _, values in panel.published if len(values) == 1
-    }
+    theirs = [line for panel in panels for line in panel.published]
+    points = {label for _, label, _, values in theirs if len(values) == 1}
     for axis, panel in zip(axes.flat, panels):
         for setting, curve in panel.curves.items():
             value, low, high = estimate(curve.values, args.statistic, args.interval)
-            entries[setting] = axis.plot(
-                curve.x, value, marker="o"[len(curve.x) > 1 :], **styles[setting]
-            )[0]
-            axis.fill_between(
-                curve.x, low, high, color=styles[setting]["color"], alpha=0.2, linewidth=0
-            )
+            style = styles[setting]
+            marker = "" if len(curve.x) > 1 else "o"
+            (entries[setting],) = axis.plot(curve.x, value, marker=marker, **style)
+            axis.fill_between(curve.x, low, high, color=style["color"], alpha=0.2, linewidth=0)
             counts[setting] |= set(map(len, curve.values))
         for alg, label, line, values in panel.published if args.x == "steps" else ():
             if line:
                 value, *band = np.array(list(values.values())).T
                 style = {"marker": MARKERS[alg], "markevery": [-1]} if label in points else {}
-                entries[label] = axis.plot(
-                    values.keys(), value, linestyle=line, color="0.3", **style
-                )[0]
+                style |= {"linestyle": line, "color": "0.3"}
+                (entries[label],) = axis.plot(values.keys(), value, **style)
                 if band:
                     axis.fill_between(values.keys(), *band, color="0.3", alpha=0.12, linewidth=0)
-        axis.set(
-            title=panel.title,
-            xlabel=AXES[args.x],
-            ylabel=panel.ylabel,
-            yscale=panel.scale,
-            xlim=(0, None),
-        )
+        axis.set(title=panel.title, xlabel=AXES[args.x], ylabel=panel.ylabel)
+        axis.set(yscale=panel.scale, xlim=(0, None))
         if args.x != "hours":
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     entries = {label: entries[label] for label in sorted(entries, key=natural)}
-    labels = [
-        f"{label} ({seeds(counts[label])})" if label in counts else label for label in entries
-    ]
-    title = caption(args) + ", stratified by task" * any(
-        len(c.values) > 1 for p in panels for c in p.curves.values()
-    )
+    labels = [f"{name} ({seeds(counts[name])})" if name in counts else name for name in entries]
+    ours = [curve for panel in panels for curve in panel.curves.values()]
+    title = caption(args) + ", stratified by task" * any(len(curve.values) > 1 for curve in ours)
     options = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 9}
     figure.legend(entries.values(), labels, title=title, ncols=1 + (len(labels) > 6), **options)
-    for suffix in ("png", "svg"):
-        figure.savefig(
-            f"{path}.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None
-        )
+    figure.savefig(f"{path}.png", dpi=150)
+    figure.savefig(f"{path}.svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -544,9 +472,8 @@ def caption(args) -> str:
 
 
 def seeds(counts: set[int]) -> str:
-    return (
-        f"{' to '.join(map(str, sorted({min(counts), max(counts)})))} seed{'s' * (counts != {1})}"
-    )
+    ends = sorted({min(counts), max(counts)})
+    return f"{' to '.join(map(str, ends))} seed{'s' * (counts != {1})}"
 
 
 # Tables
@@ -558,21 +485,19 @@ def number(value: float) -> str:
 
 def around(setting: str, curve: Curve, step: int) -> list[np.ndarray]:
     """[seeds] of each environment: the means of the evaluations around a step, as the published
-    values are: within 5 % of it or 2000 steps, of SAC, which was evaluated less often, 8400."""
-    near = np.abs(np.array(curve.steps) - step) <= max(
-        8400 if setting.startswith("sac") else 2000, 0.05 * step
-    )
+    values are. They are those within 5 % of it, but at least within 2000 steps, or 8400 for SAC,
+    which was evaluated less often."""
+    least = 8400 if setting.startswith("sac") else 2000
+    near = np.abs(np.array(curve.steps) - step) <= max(least, 0.05 * step)
     return [values[:, near].mean(1) for values in curve.values]
 
 
 def score_table(panels: list[Panel], args) -> list[str]:
-    """Markdown: scores around 20, 50 and 100 thousand steps and the last, where there is an
-    evaluation."""
+    """Markdown: the scores around 20, 50 and 100 thousand steps, where there is an evaluation, and
+    around the last step."""
     beside = "published; a range: 5 to 95 % of the means of 5 seeds drawn from 10"
-    out = [
-        f"| task | steps | setting | {caption(args)} | each seed | {beside} |",
-        "|---|---|---|---|---|---|",
-    ]
+    out = [f"| task | steps | setting | {caption(args)} | each seed | {beside} |"]
+    out.append("|---" * 6 + "|")
     for panel in panels:
         for setting, curve in panel.curves.items():
             for step in sorted({20_000, 50_000, 100_000, *curve.steps[-1:]} & set(curve.steps)):
@@ -580,20 +505,16 @@ def score_table(panels: list[Panel], args) -> list[str]:
                 value, low, high = map(number, estimate(samples, args.statistic, args.interval))
                 each = ", ".join(map(number, samples[0])) if len(samples) == 1 else ""
                 beside = [(alg, at[step]) for alg, *_, at in panel.published if alg and step in at]
-                beside = ", ".join(
-                    f"{alg} {' to '.join(map(number, v[1:] or v))}" for alg, v in beside
-                )
-                interval = "" if low == "nan" else f" [{low}, {high}]"
-                out.append(
-                    f"| {panel.title} | {step:,} | {setting} | {value}{interval} | {each} "
-                    f"| {beside} |"
-                )
+                beside = [f"{alg} {' to '.join(map(number, v[1:] or v))}" for alg, v in beside]
+                score = value if low == "nan" else f"{value} [{low}, {high}]"
+                cells = panel.title, f"{step:,}", setting, score, each, ", ".join(beside)
+                out.append(f"| {' | '.join(cells)} |")
     return out
 
 
 def threshold_table(panels: list[Panel]) -> list[str]:
-    """Markdown: median steps to the returns of published/steps_to_threshold.csv, and how many seeds
-    got there."""
+    """Markdown: the median steps to the returns of published/steps_to_threshold.csv, and how many
+    seeds got there."""
 
     def cell(median: float, reached: int, n: int, last: int) -> str:
         return f"{f'{median:,.0f}' if np.isfinite(median) else f'> {last:,}'} ({reached} of {n})"
@@ -604,41 +525,33 @@ def threshold_table(panels: list[Panel]) -> list[str]:
         at = table[row["env"], int(row["threshold"])]
         for setting, curve in curves_of.get(row["env"], {}).items():
             first = steps_to(curve, int(row["threshold"]))
-            at[setting] = cell(
-                np.median(first), np.isfinite(first).sum(), len(first), curve.steps[-1]
-            )
-        at[f"published {row['alg']}"] = cell(
-            float(row["median_steps"]), row["n_reached"], row["n_seeds"], 1_000_000
-        )
+            reached = np.isfinite(first).sum()
+            at[setting] = cell(np.median(first), reached, len(first), curve.steps[-1])
+        theirs = float(row["median_steps"]), row["n_reached"], row["n_seeds"]
+        at[f"published {row['alg']}"] = cell(*theirs, 1_000_000)
     table = {key: at for key, at in table.items() if key[0] in curves_of}
     columns = sorted({column for at in table.values() for column in at}, key=natural)
     out = ["| task | return | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    out += [
-        f"| {env} | {r:,} | " + " | ".join(at.get(c, "") for c in columns) + " |"
-        for (env, r), at in table.items()
-    ]
+    for (env, threshold), at in table.items():
+        cells = env, f"{threshold:,}", *(at.get(column, "") for column in columns)
+        out.append(f"| {' | '.join(cells)} |")
     return out if table else []
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--results", type=Path, default=HERE / "results", help="default: benchmark/results"
-    )
+    text = "default: benchmark/results"
+    source.add_argument("--results", type=Path, default=HERE / "results", help=text)
     source.add_argument("--runs", type=Path, help="a folder of runs' folders")
-    parser.add_argument(
-        "--out", type=Path, help="where the figures go; default: into the folder read"
-    )
+    text = "where the figures go; default: into the folder that is read"
+    parser.add_argument("--out", type=Path, help=text)
     parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm")
-    parser.add_argument(
-        "--interval", type=int, choices=[70, 90, 95], default=90, help="percent; default: 90"
-    )
-    parser.add_argument(
-        "--x", choices=AXES, default="steps", help="hours and updates: only with --runs"
-    )
+    text = "percent; default: 90"
+    parser.add_argument("--interval", type=int, choices=[70, 90, 95], default=90, help=text)
+    text = "hours and updates: only with --runs"
+    parser.add_argument("--x", choices=AXES, default="steps", help=text)
     args = parser.parse_args(argv)
     if args.x != "steps" and not args.runs:
         fail(f"--x {args.x} is not available: {args.results} has only evaluations; use --runs")
@@ -648,9 +561,9 @@ def main(argv: list[str] | None = None) -> None:
     if not curves:
         fail(f"no evaluations in {args.runs or args.results}")
     settings = dict.fromkeys(s for panel in curves + diagnostics for s in panel.curves)
-    styles = {
-        s: {"color": COLOURS[i % 6], "linestyle": LINES[i // 6 % 3]} for i, s in enumerate(settings)
-    }
+    styles = {}
+    for i, setting in enumerate(settings):
+        styles[setting] = {"color": COLOURS[i % 6], "linestyle": LINES[i // 6 % 3]}
     out = args.out or args.runs or args.results
     out.mkdir(parents=True, exist_ok=True)
     draw(curves, min(3, len(curves)), styles, args, out / "curves")

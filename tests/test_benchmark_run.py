@@ -325,7 +325,8 @@ def slurm():
     if answers():
         yield
     elif start.exists() and os.geteuid() == 0:
-        env = os.environ | {"SLURM_LOCAL_PROCTRACK": "pgid"}
+        # Two CPUs for two tasks at a time. With OMP_NUM_THREADS=1, nproc would count one.
+        env = os.environ | {"SLURM_LOCAL_PROCTRACK": "pgid", "SLURM_LOCAL_CPUS": "2"}
         result = subprocess.run([start, "fresh"], env=env, capture_output=True, text=True)
         if result.returncode:
             pytest.skip(f"no Slurm: {(result.stdout + result.stderr)[-300:]}")

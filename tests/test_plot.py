@@ -1,7 +1,9 @@
-"""benchmark/plot.py: its statistics against values by hand, its tables, and its figures from small
-fixtures."""
+"""benchmark/plot.py: its statistics are compared with values by hand, and its tables and figures
+are made from small fixtures."""
 
 import csv
+import dataclasses
+import importlib
 import json
 import math
 import sys
@@ -17,10 +19,11 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 import plot  # noqa: E402
 
 RATE = 100  # of the fixtures: return = RATE * step / 1000 + 10 * seed
+SCRIPTS = ["sac_baseline", "crossq_sac", "crossq_td3", "crossq_wn_highutd"]
 
 
 def write_evaluations(path, seed, last, every=5000, success=None, rate=RATE):
-    """Two episodes per evaluation, 1 above and 1 below the rate."""
+    """Writes two episodes per evaluation, 1 above and 1 below the rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -33,45 +36,29 @@ def write_evaluations(path, seed, last, every=5000, success=None, rate=RATE):
 
 def write_run(folder, env_id, seed, last=20_000, every=5000, success=None, **flags):
     write_evaluations(folder / "evaluations.csv", seed, last, every, success)
-    args = {
-        "env_id": env_id,
-        "seed": seed,
-        "utd": 1,
-        "learning_starts": 5000,
-        "action_repeat": 1,
-        "gamma": 0.99,
-    }
-    args |= {"total_timesteps": last, "run_name": folder.name} | flags
+    args = {"env_id": env_id, "seed": seed, "total_timesteps": last, "run_name": folder.name}
+    args |= {"utd": 1, "learning_starts": 5000, "action_repeat": 1, "gamma": 0.99} | flags
     (folder / "args.json").write_text(json.dumps({"args": args}))
 
 
 def write_probe(path, steps=(5000, 10_000)):
-    rows = [
-        (s, f"critic/{k}/{q}", v)
-        for s in steps
-        for k, (q, v) in enumerate([("weight_norm", 3)] * 2)
-    ]
+    rows = [(step, f"critic/{k}/weight_norm", 3) for step in steps for k in (0, 1)]
     rows += [(s, f"critic/{k}/effective_lr", v) for s in steps for k, v in enumerate((0.25, 0.75))]
     rows += [(s, q, v) for s in steps for q, v in (("q_bias/mean", -0.5), ("q_bias/std", 0.1))]
-    rows += [
-        (steps[-1], "q_bias/mean", 0.125),
-        (steps[-1], "actor/0/weight_norm", 99),
-    ]  # after a resume
+    # A resume has measured the last step again.
+    rows += [(steps[-1], "q_bias/mean", 0.125), (steps[-1], "actor/0/weight_norm", 99)]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
 def table_rows(text, start):
-    """The cells of the printed rows that begin so."""
-    return [
-        [c.strip() for c in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if line.startswith(f"| {start}")
-    ]
+    """The cells of the printed rows that begin in this way."""
+    lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 def svg_texts(path):
-    """Whole words of a figure: matplotlib draws letters as shapes and leaves each text in a
+    """The texts of a figure. matplotlib draws letters as shapes, and leaves each text in a
     comment."""
     text = path.read_text()
     ElementTree.fromstring(text)  # well-formed
@@ -80,14 +67,14 @@ def svg_texts(path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that plot.main draws, as matplotlib objects, by file name; writing them would
-    take seconds each."""
+    """The figures that plot.main draws, as matplotlib objects, by file name. To write them would
+    take seconds for each."""
     figures = {}
-    monkeypatch.setattr(
-        plot.plt.Figure,
-        "savefig",
-        lambda self, path, **_: figures.update({path.split("/")[-1]: self}),
-    )
+
+    def savefig(self, path, **_):
+        figures[path.split("/")[-1]] = self
+
+    monkeypatch.setattr(plot.plt.Figure, "savefig", savefig)
     return figures
 
 
@@ -128,32 +115,32 @@ def test_interval_without_spread():
 @pytest.mark.parametrize("level", [70, 90])
 def test_interval_covers(level):
     """Of 20 normal seeds, the mean's interval holds the true mean about as often as it says."""
-    rng = np.random.default_rng(0)
-    _, low, high = plot.estimate(
-        [rng.standard_normal((20, 300))], "mean", level
-    )  # 300 experiments at once
+    samples = np.random.default_rng(0).standard_normal((20, 300))  # 300 experiments at once
+    _, low, high = plot.estimate([samples], "mean", level)
     assert abs(np.mean((low < 0) & (high > 0)) - level / 100) < 0.07
 
 
 def test_values_around_a_step():
-    """Within 5 % or 2000 steps; of SAC 8400: as the published ones."""
+    """They are within 5 % or 2000 steps, and of SAC within 8400, as the published ones are."""
     steps = np.arange(5, 105, 5) * 1000
     curve = plot.Curve(list(steps), steps, [steps[None] * np.array([[1.0], [2.0]])])
-    for setting, step, expected in (("crossq", 50_000, 50_000), ("crossq", 100_000, 97_500), ("sac", 50_000, 50_000),
-                                    ("sac_baseline", 100_000, 97_500), ("sac", 10_000, 10_000)):  # fmt: skip
+    for setting, step, expected in (
+        ("crossq", 50_000, 50_000),
+        ("crossq", 100_000, 97_500),
+        ("sac", 10_000, 10_000),
+        ("sac", 50_000, 50_000),
+        ("sac_baseline", 100_000, 97_500),
+    ):
         assert plot.around(setting, curve, step)[0].tolist() == [expected, 2 * expected]
     curve.values[0][0, steps == 55_000] = 0
-    assert [plot.around(name, curve, 50_000)[0][0] for name in ("crossq", "sac")] == [
-        50_000,
-        95_000 / 3,
-    ]
+    assert plot.around("crossq", curve, 50_000)[0][0] == 50_000
+    assert plot.around("sac", curve, 50_000)[0][0] == 95_000 / 3
 
 
 def test_steps_to_a_return():
     steps = list(range(5000, 45_000, 5000))
-    rising = (
-        np.arange(1, 9) * 100.0
-    )  # trailing means of four: 100, 150, 200, 250, 350, 450, 550, 650
+    # Trailing means of four: 100, 150, 200, 250, 350, 450, 550, 650.
+    rising = np.arange(1, 9) * 100.0
     late, never = np.where(np.arange(8) == 7, 4000.0, 0.0), np.zeros(8)  # at the last step 4000 / 4
     curve = plot.Curve(steps, np.array(steps), [np.stack([rising, late, never])])
     assert plot.steps_to(curve, 300).tolist() == [25_000, 40_000, np.inf]
@@ -162,12 +149,12 @@ def test_steps_to_a_return():
 
 
 def test_only_steps_of_all_seeds_are_averaged():
-    """A seed that has not ended, and one with another grid: never a mean over fewer seeds."""
+    """One seed has not ended and one has another grid. A mean is never over fewer seeds."""
     grids = [range(5000, 40_001, 5000), range(10_000, 40_001, 10_000), range(5000, 30_001, 5000)]
-    runs = [
-        plot.Run("s", "e", str(i), {"return": dict.fromkeys(g, i)}, {s: s for s in g})
-        for i, g in enumerate(grids)
-    ]
+    runs = []
+    for i, grid in enumerate(grids):
+        curves = {"return": dict.fromkeys(grid, i)}
+        runs.append(plot.Run("s", "e", str(i), curves, {step: step for step in grid}))
     curve = plot.common(runs, "return")
     assert curve.steps == [10_000, 20_000, 30_000] and curve.values[0].shape == (3, 3)
     assert curve.values[0].mean(0).tolist() == [1, 1, 1]
@@ -194,45 +181,33 @@ def test_a_run_shorter_than_the_published_ones_has_them_in_view(tmp_path, drawn)
 
 
 def test_a_published_curve_of_one_point_is_seen(tmp_path, drawn):
-    for env in (
-        "dm_control_cheetah-run-v0",
-        "dm_control_dog-run-v0",
-    ):  # up to 100 000 steps SAC has one point
+    """Up to 100 000 steps SAC has one point."""
+    for env in ("dm_control_cheetah-run-v0", "dm_control_dog-run-v0"):
         write_evaluations(tmp_path / "crossq" / env / "1.csv", 1, 100_000)
     plot.main(["--results", str(tmp_path)])
     markers = [line.get_marker() for line in drawn["curves.png"].axes[0].lines]
-    assert sorted(markers) == ["", "D", "None", "s"]  # BRO; ours; SimBa, which has two points; SAC
+    # Ours; BRO; SimBa, which has two points; SAC.
+    assert sorted(markers) == ["", "D", "None", "s"]
 
 
 def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
-    """The layout of benchmark/results, one seed unfinished, with probe files."""
+    """The layout is that of benchmark/results, with probe files. One seed is unfinished."""
     for setting, rate in (("crossq", 200), ("sac", 100)):
         for env in ("HalfCheetah-v4", "Hopper-v4"):
             for seed in (1, 2, 3):
                 last = 40_000 if (setting, env, seed) == ("sac", "Hopper-v4", 3) else 50_000
                 write_evaluations(tmp_path / setting / env / f"{seed}.csv", seed, last, rate=rate)
-    write_evaluations(
-        tmp_path / "sac" / "Pendulum-v1" / "1.csv", 1, 50_000
-    )  # in no suite, nothing published
+    # This one is in no suite, and nothing is published about it.
+    write_evaluations(tmp_path / "sac" / "Pendulum-v1" / "1.csv", 1, 50_000)
     write_probe(tmp_path / "crossq" / "Hopper-v4" / "1.probe.csv")
     (tmp_path / "_ablations" / "tanh").mkdir(parents=True)
     write_probe(tmp_path / "_ablations" / "tanh" / "probe.csv")
     plot.main(["--results", str(tmp_path), "--statistic", "mean"])
-    cheetah, hopper, pendulum = drawn["curves.png"].axes
-    assert [axis.get_title() for axis in (cheetah, hopper, pendulum)] == [
-        "HalfCheetah-v4",
-        "Hopper-v4",
-        "Pendulum-v1",
-    ]
-    assert [len(axis.lines) for axis in (cheetah, hopper, pendulum)] == [
-        4,
-        4,
-        1,
-    ]  # two ours, two published
-    assert cheetah.lines[0].get_ydata()[:2].tolist() == [
-        1020,
-        2020,
-    ]  # rate 200: the mean of seeds 1, 2, 3
+    axes = cheetah, hopper, pendulum = drawn["curves.png"].axes
+    assert [axis.get_title() for axis in axes] == ["HalfCheetah-v4", "Hopper-v4", "Pendulum-v1"]
+    assert [len(axis.lines) for axis in axes] == [4, 4, 1]  # of 4, two are published
+    # The rate is 200, and the mean of the seeds 1, 2 and 3 is 2.
+    assert cheetah.lines[0].get_ydata()[:2].tolist() == [1020, 2020]
     assert hopper.lines[1].get_xdata()[-1] == 40_000  # where the shortest seed ends
     assert pendulum.lines[0].get_ydata()[-1] == 5010
     labels = labels_of(drawn["curves.png"])
@@ -242,35 +217,26 @@ def test_results_to_figures_and_tables(tmp_path, capsys, drawn):
     assert aggregate.get_title() == "MuJoCo: 2 tasks" and len(aggregate.lines) == 4
     expected = ((10_020 + 289.415) / (10_574 + 289.415) + (10_020 - 18.791) / (3226 - 18.791)) / 2
     assert aggregate.lines[0].get_ydata()[-1] == pytest.approx(expected)
-    panels = {
-        (axis.get_title(), axis.get_ylabel()): axis.lines for axis in drawn["panels.png"].axes
-    }
-    assert {title for title, _ in panels} == {"Hopper-v4", "ablations"} and len(panels) == 8
-    values = [
-        lines[0].get_ydata().tolist()
-        for (title, _), lines in panels.items()
-        if title == "Hopper-v4"
-    ]
+    panels = drawn["panels.png"].axes
+    assert {axis.get_title() for axis in panels} == {"Hopper-v4", "ablations"} and len(panels) == 8
+    lines = [axis.lines[0] for axis in panels if axis.get_title() == "Hopper-v4"]
+    values = [line.get_ydata().tolist() for line in lines]
     assert values == [[-0.5, 0.125], [0.1, 0.1], [6, 6], [0.5, 0.5]]
 
     out, err = capsys.readouterr()
     rows = table_rows(out, "HalfCheetah-v4 | 20,000 | crossq")
     band = "CrossQ(utd1) 3,069 to 4,338, SAC(utd1) 298 to 820"
+    score = "4,020 [4,013, 4,027]"
     assert rows == [
-        ["HalfCheetah-v4", "20,000", "crossq", "4,020 [4,013, 4,027]", "4,010, 4,020, 4,030", band]
+        ["HalfCheetah-v4", "20,000", "crossq", score, "4,010, 4,020, 4,030", band],
     ]
-    assert table_rows(out, "Pendulum-v1")[-1][1:5] == [
-        "50,000",
-        "sac",
-        "4,760",
-        "4,760",
-    ]  # with 45 000
-    assert [row[1] for row in table_rows(out, "Hopper-v4")] == ["20,000", "50,000", "20,000", "40,000"] + [
-        "1,000", "2,000", "2,500", "3,000"]  # fmt: skip
+    # The mean of the evaluations at 45 000 and 50 000 steps.
+    assert table_rows(out, "Pendulum-v1")[-1][1:5] == ["50,000", "sac", "4,760", "4,760"]
+    steps, returns = "20,000 50,000 20,000 40,000".split(), "1,000 2,000 2,500 3,000".split()
+    assert [row[1] for row in table_rows(out, "Hopper-v4")] == steps + returns
     assert "sac, Hopper-v4: seeds end at [40000, 50000], in common [40000]" in err
-    reached = table_rows(
-        out, "HalfCheetah-v4 | 3,000"
-    )  # trailing mean 200 (s - 7.5) + 10 seed > 3000 from 25 000 on
+    # At s thousand steps the trailing mean is 200 (s - 7.5) + 10 seed: above 3000 from 25 on.
+    reached = table_rows(out, "HalfCheetah-v4 | 3,000")
     assert reached[0][2:5] == ["25,000 (3 of 3)", "40,000 (3 of 3)", "27,000 (10 of 10)"]
     never = table_rows(out, "HalfCheetah-v4 | 8,000")
     assert never[0][2:5] == ["50,000 (3 of 3)", "> 50,000 (0 of 3)", "100,000 (10 of 10)"]
@@ -283,63 +249,78 @@ def test_figures_are_whole_files(tmp_path):
     png = plot.plt.imread(tmp_path / "a" / "b" / "curves.png")  # reads every pixel
     assert png.shape[0] > 300 and png.shape[1] > 300 and png.std() > 0.01
     texts = svg_texts(tmp_path / "a" / "b" / "curves.svg")
-    assert {
-        "Hopper-v4",
-        "sac (2 seeds)",
-        "IQM and 90 % bootstrap interval over the seeds",
-        "20k",
-    } <= set(texts)
+    caption = "IQM and 90 % bootstrap interval over the seeds"
+    assert {"Hopper-v4", "sac (2 seeds)", caption, "20k"} <= set(texts)
 
 
 def test_runs_are_grouped_by_script_and_differing_flags(tmp_path, capsys, drawn):
+    cheetah, sac = "HalfCheetah-v4", {"tau": 0.005, "critic_lr": 1e-3}
     for seed in (1, 2):
         for utd in (1, 5):
-            name = f"HalfCheetah-v4__crossq_wn_highutd__{seed}__17000000{utd}"
-            write_run(tmp_path / name, "HalfCheetah-v4", seed, utd=utd)
-        write_run(
-            tmp_path / f"HalfCheetah-v4__sac_baseline__{seed}__170",
-            "HalfCheetah-v4",
-            seed,
-            tau=0.005,
-        )
-    write_run(
-        tmp_path / "HalfCheetah-v4__sac_baseline__2__171",
-        "HalfCheetah-v4",
-        2,
-        last=10_000,
-        tau=0.005,
-    )  # again
-    write_run(
-        tmp_path / "HalfCheetah-v4__sac_baseline__3__172", "HalfCheetah-v4", 3, last=0, tau=0.005
-    )  # just begun
-    # other defaults of another suite are no difference of setting
+            name = f"{cheetah}__crossq_wn_highutd__{seed}__17000000{utd}"
+            write_run(tmp_path / name, cheetah, seed, utd=utd)
+        write_run(tmp_path / f"{cheetah}__sac_baseline__{seed}__170", cheetah, seed, **sac)
+    # One is there again, and one has just begun.
+    write_run(tmp_path / f"{cheetah}__sac_baseline__2__171", cheetah, 2, last=10_000, **sac)
+    write_run(tmp_path / f"{cheetah}__sac_baseline__3__172", cheetah, 3, last=0, **sac)
+    # The defaults of another suite are no difference of setting.
     walker = tmp_path / "dm_control_walker-walk-v0__sac_baseline__1__1"
-    write_run(walker, "dm_control/walker-walk-v0", 1, action_repeat=2, gamma=0.95, tau=0.005)
-    write_probe(tmp_path / "HalfCheetah-v4__sac_baseline__1__170" / "probe.csv")
+    others = {"action_repeat": 2, "gamma": 0.95, "critic_lr": 8e-4}
+    write_run(walker, "dm_control/walker-walk-v0", 1, **sac | others)
+    write_probe(tmp_path / f"{cheetah}__sac_baseline__1__170" / "probe.csv")
     plot.main(["--runs", str(tmp_path), "--x", "updates"])
     cheetah, walker = drawn["curves.png"].axes
     assert walker.get_title() == "dm_control_walker-walk-v0" and len(walker.lines) == 1
     assert [line.get_xdata().tolist() for line in cheetah.lines] == [
-        [0, 5000, 10_000, 15_000], [0, 25_000, 50_000, 75_000], [0, 5000, 10_000, 15_000]]  # fmt: skip
-    assert walker.lines[0].get_xdata().tolist() == [
-        0,
-        2500,
-        5000,
-    ]  # agent steps: half the environment's
-    labels = labels_of(drawn["curves.png"])
-    assert labels[:2] == [
+        [0, 5000, 10_000, 15_000],
+        [0, 25_000, 50_000, 75_000],
+        [0, 5000, 10_000, 15_000],
+    ]
+    # It has half as many agent steps as environment steps.
+    assert walker.lines[0].get_xdata().tolist() == [0, 2500, 5000]
+    assert labels_of(drawn["curves.png"]) == [
         "crossq_wn_highutd, utd=1 (2 seeds)",
         "crossq_wn_highutd, utd=5 (2 seeds)",
+        "sac_baseline (1 to 2 seeds)",
     ]
-    assert labels[2:] == ["sac_baseline (1 to 2 seeds)"]
     err = capsys.readouterr().err
     assert "__171" in err and "the longer counts" in err and "__172: no evaluation yet" in err
-    assert set(drawn) == {
-        "curves.png",
-        "curves.svg",
-        "panels.png",
-        "panels.svg",
-    }  # no suite has two environments
+    # There is no aggregate, because no suite has two environments.
+    assert set(drawn) == {"curves.png", "curves.svg", "panels.png", "panels.svg"}
+
+
+def test_flags_that_depend_on_the_suite_are_compared_within_it(tmp_path, drawn):
+    for env, rate in (("Hopper-v4", 1e-3), ("Walker2d-v4", 3e-4), ("Pendulum-v1", 1e-4)):
+        write_run(tmp_path / f"{env}__crossq_sac__1__1", env, 1, critic_lr=rate)
+    plot.main(["--runs", str(tmp_path)])
+    labels = [label for label in labels_of(drawn["curves.png"]) if label.startswith("crossq_sac")]
+    assert labels == [f"crossq_sac, critic-lr={rate} (1 seed)" for rate in (1e-4, 3e-4, 1e-3)]
+    assert "aggregate.png" not in drawn  # no setting has two environments
+
+
+def test_a_flag_that_only_some_runs_have_is_a_difference(tmp_path, drawn):
+    """The flags of ablate.py are not among those of a plain run, nor later ones among those of an
+    old run."""
+    write_run(tmp_path / "Hopper-v4__crossq_sac__1__1", "Hopper-v4", 1, brn_warmup=100_000)
+    ablated = {"brn_warmup": 100_000, "critic_norm": "default"}
+    write_run(tmp_path / "Hopper-v4__ablate_crossq_sac__1__1", "Hopper-v4", 1, **ablated)
+    write_run(tmp_path / "Hopper-v4__crossq_sac__1__0", "Hopper-v4", 1)
+    plot.main(["--runs", str(tmp_path)])
+    labels = [label for label in labels_of(drawn["curves.png"]) if label.startswith("crossq_sac")]
+    assert labels == [
+        "crossq_sac (1 seed)",
+        "crossq_sac, brn-warmup=100000 (1 seed)",
+        "crossq_sac, brn-warmup=100000, critic-norm=default (1 seed)",
+    ]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_flags_named_here_are_those_of_the_scripts(script):
+    args = importlib.import_module(script).Args
+    names = {field.name for field in dataclasses.fields(args)}
+    assert args.MAY_CHANGE <= set(plot.HOUSEKEEPING) <= names
+    for env_id in ("dm_control/walker-walk-v0", "myoHandReachFixed-v0"):
+        assert set(args.suite_defaults(env_id)) <= set(plot.BY_SUITE)
 
 
 def test_success_where_every_run_has_it(tmp_path, drawn):
@@ -355,59 +336,77 @@ def test_success_where_every_run_has_it(tmp_path, drawn):
 
 
 def test_hours_leave_pauses_out(tmp_path):
-    """Two parts: 2 h, then after a long pause another, which repeats the evaluation at 10 000
-    steps."""
+    """There are two parts: one of 2 h and, after a long pause, one that repeats the evaluation at
+    10 000 steps."""
     record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    for start, evaluations in (
-        (3600, {5000: 7200, 10_000: 10_800}),
-        (360_000, {10_000: 361_800, 15_000: 363_600}),
-    ):
+    first, second = {5000: 7200, 10_000: 10_800}, {10_000: 361_800, 15_000: 363_600}
+    for start, evaluations in ((3600, first), (360_000, second)):
         with open(tmp_path / f"events.out.tfevents.{start:010d}.host", "wb") as file:
             writer = record_writer.RecordWriter(file)
             writer.write(Event(wall_time=start, file_version="brain.Event:2").SerializeToString())
             for step, time in evaluations.items():
-                value = Summary.Value(tag="eval/return", simple_value=0.0)
-                writer.write(
-                    Event(
-                        wall_time=time, step=step, summary=Summary(value=[value])
-                    ).SerializeToString()
-                )
+                summary = Summary(value=[Summary.Value(tag="eval/return", simple_value=0.0)])
+                event = Event(wall_time=time, step=step, summary=summary)
+                writer.write(event.SerializeToString())
     assert plot.hours(tmp_path) == {5000: 1, 10_000: 2.5, 15_000: 3}
 
 
 def test_script_comes_from_the_name_or_the_checkpoint(tmp_path):
     torch = pytest.importorskip("torch")
     for name, script in (
-        ("dm_control_walker-walk-v0__crossq_sac__12__1795249306", ["crossq_sac"]),
-        (
-            "dm_control_dog-run-v0__crossq_wn_highutd+utd=2+tau=1__1",
-            ["crossq_wn_highutd", "utd=2", "tau=1"],
-        ),
-        ("Hopper-v4__ablate_crossq_sac+critic-norm=ln__10", ["crossq_sac", "critic-norm=ln"]),
+        ("dm_control_walker-walk-v0__crossq_sac__12__1795249306", "crossq_sac"),
+        ("Hopper-v4__ablate_crossq_sac__12__1795249306", "crossq_sac"),
+        ("dm_control_dog-run-v0__crossq_td3+utd=2+gamma=1__1", "crossq_td3 utd=2 gamma=1"),
+        ("Hopper-v4__ablate_crossq_sac+critic-norm=ln__10", "crossq_sac critic-norm=ln"),
     ):
-        assert plot.script_of(tmp_path / name) == script
+        assert plot.script_of(tmp_path / name) == script.split()
     (tmp_path / "mine").mkdir()
-    torch.save(
-        {"program": "ablate_crossq_td3", "rows": torch.zeros(10)}, tmp_path / "mine/checkpoint.pt"
-    )
-    assert plot.script_of(tmp_path / "mine") == ["crossq_td3"]
+    for program in ("crossq_td3", "ablate_crossq_td3"):
+        checkpoint = {"program": program, "rows": torch.zeros(10)}
+        torch.save(checkpoint, tmp_path / "mine/checkpoint.pt")
+        assert plot.script_of(tmp_path / "mine") == ["crossq_td3"]
+
+
+def test_runs_of_a_script_are_read(tmp_path, run_script, drawn, capsys):
+    """Two of them have names of their own, so what they are is in their checkpoints."""
+    flags = "--env-id tiny_envs:Truncated-v0 --critic-width 16 --actor-width 16 --batch-size 16"
+    flags += " --learning-starts 40 --total-timesteps 60 --eval-every 20 --device cpu --run-name"
+    for program, name in (
+        (["crossq_sac.py"], "mine"),
+        (["benchmark/ablate.py", "crossq_sac.py", "--critic-norm", "none"], "ablated"),
+        (["crossq_td3.py"], "tiny_envs_Truncated-v0__crossq_td3__1"),
+    ):
+        result = run_script(*program, *flags.split(), name)
+        assert result.returncode == 0, result.stderr
+    for x in plot.AXES:
+        plot.main(["--runs", str(tmp_path / "runs"), "--x", x])
+        (axis,) = drawn["curves.png"].axes
+        plain, ablated, td3 = labels_of(drawn["curves.png"])
+        assert (plain, td3) == ("crossq_sac (1 seed)", "crossq_td3 (1 seed)")
+        assert ablated.startswith("crossq_sac, critic-norm=none, ")
+        for line in axis.lines:
+            places, returns = line.get_data()
+            assert set(returns) == {10.0}
+            if x == "hours":
+                assert 0 < places[0] < places[1] < places[2] < 0.1
+            else:
+                assert places.tolist() == {"steps": [20, 40, 60], "updates": [0, 20]}[x]
+    assert capsys.readouterr().err == ""
 
 
 def test_runs_of_run_sh_keep_their_flags_apart(tmp_path, drawn):
-    """The flags that all runs share are left out; of ablate.py's, plain runs have no entry in
-    args.json."""
+    """The flags that all runs share are left out. Plain runs have no entry in args.json for those
+    of ablate.py."""
     for seed in (1, 2):
         write_run(tmp_path / f"Hopper-v4__crossq_sac+critic-width=256__{seed}", "Hopper-v4", seed)
         name = f"Hopper-v4__ablate_crossq_sac+critic-norm=ln+critic-width=256__{seed}"
         write_run(tmp_path / name, "Hopper-v4", seed, critic_norm="ln", actor_norm="brn")
     plot.main(["--runs", str(tmp_path)])
-    assert labels_of(drawn["curves.png"])[:2] == [
-        "crossq_sac (2 seeds)",
-        "crossq_sac, critic-norm=ln (2 seeds)",
-    ]
+    ours = labels_of(drawn["curves.png"])[:2]
+    assert ours == ["crossq_sac (2 seeds)", "crossq_sac, critic-norm=ln (2 seeds)"]
 
 
 def test_what_is_not_there_is_said(tmp_path, capsys):
@@ -417,7 +416,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     for arguments, message in (
         (["--results", tmp_path / "empty"], "no evaluations in"),
         (["--results", tmp_path / "empty", "--x", "hours"], "--x hours is not available"),
-        (["--runs", tmp_path / "runs", "--x", "hours"], "no TensorBoard events"),
+        (["--runs", tmp_path / "runs", "--x", "hours"], "has no events of eval/return"),
         (["--runs", tmp_path / "named"], "of which script?"),
     ):
         with pytest.raises(SystemExit) as error:
@@ -427,14 +426,9 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
 
 
 def test_the_shipped_results_can_be_drawn(tmp_path, drawn):
-    """What the README shows: every setting beside CrossQ, 2048 wide, and SAC, as published."""
+    """The README shows every setting beside the published CrossQ, 2048 wide, and SAC."""
     plot.main(["--out", str(tmp_path)])
     labels = labels_of(drawn["curves.png"])
-    for start in (
-        "crossq_sac-w256 (",
-        "crossq_td3-w256 (",
-        "sac_baseline (",
-        "published: CrossQ",
-        "published: SAC",
-    ):
+    ours = ["crossq_sac-w256 (", "crossq_td3-w256 (", "sac_baseline ("]
+    for start in (*ours, "published: CrossQ", "published: SAC"):
         assert any(label.startswith(start) for label in labels), start
