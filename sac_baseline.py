@@ -336,10 +336,7 @@ def evaluate(agent, env, step, run_dir):
             for key in {"solved", "is_success", "success"} & info.keys():
                 success = max(success or 0, int(info[key]))  # at any time of the episode
             over = terminated or truncated
-        length = info["episode"]["l"]
-        if length >= LONGEST_EPISODE:
-            print(f"evaluation at step {step}: an episode was cut after {length} steps")
-        rows.append((step, episode, float(info["episode"]["r"]), length, success))
+        rows.append((step, episode, float(info["episode"]["r"]), info["episode"]["l"], success))
     return rows
 
 
@@ -385,6 +382,8 @@ class Env(gym.Wrapper):
             total += float(reward)
             if terminated or truncated:
                 break
+        if truncated and info["episode"]["l"] >= LONGEST_EPISODE:
+            print(f"an episode was cut after {LONGEST_EPISODE} steps")
         return obs, total, terminated, truncated, info
 
 
@@ -397,9 +396,11 @@ def make_env(args, **kwargs):
         if module:
             importlib.import_module(module)
         env = gym.make(name, **kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:  # they name near matches and packages
-        if isinstance(error, ModuleNotFoundError) and error.name != module:
-            raise  # a mistake inside the module
+    except (gym.error.Error, ImportError) as error:  # they name near matches and packages
+        frames = [call.frame for call in inspect.getinnerframes(error.__traceback__)]
+        packages = {frame.f_globals["__name__"].partition(".")[0] for frame in frames}
+        if packages - {__name__, "importlib", "gymnasium", "shimmy", "myosuite"}:
+            raise  # a mistake in the user's module
         suites = "(pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)"
         fail(f"--env-id {args.env_id}:", error, suites if suite else "")
     actions, obs = env.action_space, env.observation_space
@@ -407,9 +408,10 @@ def make_env(args, **kwargs):
     if not box or actions.dtype.kind != "f" or len(obs.shape or ()) > 2:
         needed = "needed: a bounded vector of floats to act, and vectors to observe, no images"
         fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
+    one = actions.dtype.type(1)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
-    env = Env(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    env = Env(gym.wrappers.RescaleAction(env, -one, one))
     env.n = args.action_repeat
     return env
 
@@ -431,7 +433,7 @@ def compile_updates(agent):
         torch.compile(torch.square)(next(agent.parameters()).detach())
         agent.gradients = torch.compile(agent.gradients, fullgraph=True)
     except Exception as error:  # backends raise many kinds
-        print(f"torch.compile does not work here, so updates stay uncompiled: {error!r:.150}")
+        print(f"torch.compile does not work here: {error!r:.150}")
 
 
 def parse_args(argv=None, Args=Args, Agent=Agent):
@@ -449,7 +451,7 @@ def parse_args(argv=None, Args=Args, Agent=Agent):
             if program != program_of(Agent):
                 raise ValueError(f"a run of {program}, not of {program_of(Agent)}")
             default = Args(**checkpoint["args"])
-        except Exception as error:  # torch.load raises many kinds
+        except Exception as error:  # it raises many kinds
             fail("cannot go on from", path, "which is left as it is:", repr(error)[:300])
     args = tyro.cli(Args, args=argv, default=default)
     changed = {k for k, v in vars(args).items() if v != getattr(default, k)} - args.MAY_CHANGE
@@ -516,7 +518,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "n_updates": self.agent.n_updates,
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            # A view would be saved with all rows of the buffer.
+            # A view would be saved with all rows.
             "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),
             "position": self.buffer.position,
             "rng": self.rng.get_state(),
@@ -591,9 +593,10 @@ class Run:
         self.progress.write(f"step {self.step:,}: return {mean:,.1f}; {speed:.0f} steps/s")
 
     def write_evaluations(self):
-        with open(self.folder / "evaluations.csv", "w") as file:
+        with open(self.folder / "evaluations.tmp", "w") as file:
             for row in [("step", "episode", "return", "length", "success"), *self.evaluations]:
                 print(*row, sep=",", file=file)
+        os.replace(self.folder / "evaluations.tmp", self.folder / "evaluations.csv")
 
     @contextlib.contextmanager
     def catch_signals(self):

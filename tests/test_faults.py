@@ -1,6 +1,7 @@
 """What once went wrong or is easy to get wrong: compilers, endless episodes, tracebacks, signals,
 provenance, and the seam by which other programs extend a script."""
 
+import builtins
 import importlib
 import json
 import os
@@ -12,12 +13,15 @@ import time
 import traceback
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import tiny_envs
 import torch
 from conftest import ROOT, command, environment
 from test_run import (  # noqa: F401
     TINY,
+    Killed,
     assert_identical,
     evaluations,
     every_script,
@@ -101,7 +105,7 @@ def test_an_environment_without_a_time_limit(main, capsys, own_env, monkeypatch)
 
     assert main(*TINY, "--env-id", own_env(step=step), "--run-name", "a") == 0
     assert [row["length"] for row in evaluations("runs/a")] == ["60"] * 6
-    assert capsys.readouterr().out.count("an episode was cut after 60 steps") == 6
+    assert capsys.readouterr().out.count("an episode was cut after 60 steps") == 6 + 2
     assert len(load("runs/a")["run"]["actions"]) == 150 % 60
 
 
@@ -372,3 +376,79 @@ def test_make_critic_and_reset(main):  # noqa: F811
     assert main(*TINY, "--run-name", "part", "--total-timesteps", 90, Agent=Agent) == 0
     assert main("--resume", "runs/part", "--total-timesteps", 150, Agent=Agent) == 0
     assert_identical("runs/whole", "runs/part")
+
+
+# ------------------------------------------------------------------------- and what was found last
+
+
+def test_resets_before_and_after_a_resume(main):  # noqa: F811
+    """Each has fresh networks of its own, the same ones as without the interruption."""
+
+    class Agent(main.module.Agent):
+        program = "mine"
+
+        def update(self, batch, rng):
+            if self.n_updates in (20, 70):
+                self.reset()
+            return super().update(batch, rng)
+
+    assert main(*TINY, "--run-name", "whole", Agent=Agent) == 0
+    assert main(*TINY, "--run-name", "part", "--total-timesteps", 90, Agent=Agent) == 0
+    assert main("--resume", "runs/part", "--total-timesteps", 150, Agent=Agent) == 0
+    assert_identical("runs/whole", "runs/part")
+
+
+@pytest.mark.parametrize(
+    ("env_id", "hint"),
+    [
+        ("Hopper-v2", "gymnasium-robotics"),
+        ("Hopper-v3", "gymnasium-robotics"),
+        ("no_such.sub:X-v0", "no_such"),
+    ],
+)
+def test_an_environment_that_is_elsewhere(main, capsys, env_id, hint):  # noqa: F811
+    assert hint in refused(main, capsys, *TINY, "--env-id", env_id)
+
+
+def test_gymnasiums_own_error_in_the_users_environment_keeps_its_traceback(main, own_env):  # noqa: F811
+    def init(self):
+        gym.make("Hoper-v4")
+
+    with pytest.raises(gym.error.NameNotFound):
+        main(*TINY, "--env-id", own_env(__init__=init))
+
+
+def test_killed_while_the_evaluations_are_written(main, monkeypatch):  # noqa: F811
+    """The table is the old or the new one, as the checkpoint is."""
+
+    headers = [0]
+
+    def dying_print(*values, file=None, **kwargs):
+        headers[0] += values[0] == "step"
+        if headers[0] == 4:  # the first is written at the start, this one at step 150
+            raise Killed
+        builtins.print(*values, file=file, **kwargs)
+
+    monkeypatch.setattr(main.module, "print", dying_print, raising=False)
+    with pytest.raises(Killed):
+        main(*TINY, "--run-name", "a")
+    assert [row["step"] for row in evaluations("runs/a")] == ["50", "50", "100", "100"]
+
+
+def test_a_signal_reaches_an_evaluation_through_a_wrapper_of_the_users(main):  # noqa: F811
+    def make_env(args):
+        return gym.Wrapper(main.module.make_env(args))
+
+    def evaluate(agent, env, step, run_dir):
+        signal.raise_signal(signal.SIGTERM)
+        return main.module.evaluate(agent, env, step, run_dir)
+
+    assert main(*TINY, "--run-name", "a", make_env=make_env, evaluate=evaluate) == 143
+    assert load("runs/a")["run"]["step"] == 50 and not evaluations("runs/a")
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_actions_in_double_precision_warn_of_nothing(main, own_env):  # noqa: F811
+    """As on DeepMind Control."""
+    space = gym.spaces.Box(-1, 1, (2,), np.float64)
+    assert main(*TINY, "--env-id", own_env(action_space=space), "--total-timesteps", 10) == 0
