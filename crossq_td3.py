@@ -564,7 +564,7 @@ class Run:
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
     def load(self, checkpoint, env):
-        """The reverse of save; then the open episode is played again."""
+        """The reverse of save; the open episode is played again."""
         vars(self).update(checkpoint["run"])
         self.agent.load_state_dict(checkpoint["agent"])
         self.agent.n_updates = checkpoint["n_updates"]
