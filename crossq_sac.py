@@ -80,14 +80,8 @@ class Args:
 
     MAY_BE_ZERO = {"seed", "alpha_lr", "adam_beta1", "brn_warmup", "learning_starts", "gamma"}
     AT_MOST = {"adam_beta1": 0.999, "gamma": 1}
-    MAY_CHANGE = {
-        "device",
-        "compile",
-        "total_timesteps",
-        "eval_every",
-        "eval_episodes",
-    }  # by a resume
-    MAY_CHANGE |= {"checkpoint_every", "track", "resume", "evaluate"}
+    MAY_CHANGE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # a resume
+    MAY_CHANGE |= {"device", "compile", "track", "resume", "evaluate"}
 
     @staticmethod
     def suite_defaults(env_id):
@@ -219,6 +213,10 @@ class Agent(nn.Module):
         """obs [B, O], action [B, A] -> the Q of every critic [n_critics, B]."""
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
 
+    def alpha(self):
+        """The temperature; learnt by its logarithm, so above 0."""
+        return self.log_alpha.exp()
+
     def target_q(self, next_q, draws):
         """From [n_critics, B] to the target's [B]; `draws` is for subclasses."""
         return next_q.min(0).values
@@ -242,7 +240,7 @@ class Agent(nn.Module):
         both_actions = torch.cat([action, next_action])  # [2B, A]
         q, next_q = self.q(self.critic, both_obs, both_actions).chunk(2, -1)  # [n_critics, B] each
 
-        next_value = self.target_q(next_q, draws) - self.log_alpha.exp() * next_log_prob
+        next_value = self.target_q(next_q, draws) - self.alpha() * next_log_prob
         target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()  # [B]
         loss = 0.5 * (q - target).square().mean(-1).sum()
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
@@ -254,12 +252,12 @@ class Agent(nn.Module):
         action, log_prob = self.policy(obs, draws["noise"])
         self.critic.eval()
         q = self.q(self.critic, obs, action)  # [n_critics, B]
-        loss = (self.log_alpha.exp().detach() * log_prob - self.actor_q(q)).mean()
+        loss = (self.alpha().detach() * log_prob - self.actor_q(q)).mean()
         return loss, {"losses/actor": loss, "diagnostics/entropy": -log_prob.mean()}
 
     def alpha_loss(self, entropy):
         """Raises the temperature while the policy's entropy is below its target."""
-        alpha = self.log_alpha.exp()
+        alpha = self.alpha()
         return alpha * (entropy - self.target_entropy), {"diagnostics/alpha": alpha}
 
     def draw(self, batch, rng):
@@ -430,7 +428,7 @@ class Env(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def make_env(args, **kwargs):
+def make_env(args, wrapper=lambda env: env, **kwargs):
     """An environment with float32 vectors and actions in [-1, 1], each played n times."""
     own_module, _, name = args.env_id.rpartition(":")
     suite = suite_of(args.env_id)
@@ -438,7 +436,7 @@ def make_env(args, **kwargs):
     try:
         if module:
             importlib.import_module(module)
-        env = gym.make(name, **kwargs)
+        env = wrapper(gym.make(name, **kwargs))
     except (gym.error.Error, ImportError) as error:  # they name near matches and packages
         frames = [call.frame for call in inspect.getinnerframes(error.__traceback__)]
         packages = {frame.f_globals["__name__"].partition(".")[0] for frame in frames}
@@ -449,7 +447,7 @@ def make_env(args, **kwargs):
     actions, obs = env.action_space, env.observation_space
     box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1
     if not box or actions.dtype.kind != "f" or len(obs.shape or ()) > 2:
-        needed = "needed: a bounded vector of floats to act, and vectors to observe, no images"
+        needed = "needed: actions in a bounded Box of floats, vectors to observe, no images"
         fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
     one = actions.dtype.type(1)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
@@ -490,7 +488,7 @@ def parse_args(argv=None, Args=Args, Agent=Agent):
         path = Path(run_dir, "checkpoint.pt")
         try:  # as data, never as code; to evaluate, the replay buffer stays on the disk
             checkpoint = torch.load(path, "cpu", weights_only=True, mmap=args.resume is None)
-            program = checkpoint.get("program", "an earlier version")
+            program = checkpoint["program"] if "buffer" in checkpoint else "an earlier version"
             if program != program_of(Agent):
                 raise ValueError(f"a run of {program}, not of {program_of(Agent)}")
             default = Args(**checkpoint["args"])
@@ -563,7 +561,7 @@ class Run:
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
             # A view would be saved with all rows.
             "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),
-            "position": self.buffer.position,
+            "buffer": {k: v for k, v in vars(self.buffer).items() if k != "rows"},
             "rng": self.rng.get_state(),
             "global_rng": torch.get_rng_state(),  # of which a reset makes its networks
         }
@@ -580,7 +578,7 @@ class Run:
         self.agent.n_updates = checkpoint["n_updates"]
         for name, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-        self.buffer.size, self.buffer.position = len(checkpoint["rows"]), checkpoint["position"]
+        vars(self.buffer).update(checkpoint["buffer"])
         self.buffer.rows[: self.buffer.size] = checkpoint.pop("rows")
         torch.set_rng_state(checkpoint["global_rng"])
         if checkpoint["rng"].shape == self.rng.get_state().shape:  # CUDA's is not the CPU's

@@ -6,7 +6,6 @@ projected back to norm 1 after every update. Target networks return, with CrossQ
 
     python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0   # the paper's setting, UTD 5
     python crossq_wn_highutd.py --env-id Walker2d-v4 --utd 2 --critic-width 256    # for a CPU
-    python crossq_wn_highutd.py --resume runs/NAME                # go on after a kill
 """
 
 # /// script
@@ -68,7 +67,7 @@ class Args:
     learning_starts: int = 5000  # random agent steps before the first update
     gamma: float = 0.99  # discount (Swimmer: 0.9999)
     alpha: float = 0.01  # initial temperature (later code; the paper's 1 falls too slowly: README)
-    entropy_factor: float = 1.0  # the target entropy is -this * dim(A) (second version: 0.5)
+    entropy_factor: float = 1.0  # target entropy: -this * dim(A) (second version: 0.5)
     action_repeat: int = 1  # environment steps per agent step
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation
@@ -82,14 +81,8 @@ class Args:
 
     MAY_BE_ZERO = {"seed", "alpha_lr", "weight_decay", "tau", "learning_starts", "gamma"}
     AT_MOST = {"gamma": 1, "tau": 1}
-    MAY_CHANGE = {
-        "device",
-        "compile",
-        "total_timesteps",
-        "eval_every",
-        "eval_episodes",
-    }  # by a resume
-    MAY_CHANGE |= {"checkpoint_every", "track", "resume", "evaluate"}
+    MAY_CHANGE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # a resume
+    MAY_CHANGE |= {"device", "compile", "track", "resume", "evaluate"}
 
     @staticmethod
     def suite_defaults(env_id):
@@ -197,10 +190,8 @@ class Agent(nn.Module):
     def make_optimizers(self):
         """Keyed by name. Only the output layers decay: nothing else holds their norm."""
         args, optimizers = self.args, {}
-        for name, net, lr in (
-            ("critic", self.critic, args.critic_lr),
-            ("actor", self.actor, args.actor_lr),
-        ):
+        nets = ("critic", self.critic, args.critic_lr), ("actor", self.actor, args.actor_lr)
+        for name, net, lr in nets:
             output = {"params": [net.weights[2], net.biases[2]], "weight_decay": args.weight_decay}
             rest = {"params": [*net.weights[:2], *net.biases[:2], *net.norms.parameters()]}
             optimizers[name] = AdamW([output, rest], lr, weight_decay=0.0, fused=True)
@@ -220,6 +211,10 @@ class Agent(nn.Module):
     def q(self, critic, obs, action):
         """obs [B, O], action [B, A] -> the Q of every critic [n_critics, B]."""
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
+
+    def alpha(self):
+        """The temperature; learnt by its logarithm, so above 0."""
+        return self.log_alpha.exp()
 
     def target_q(self, next_q, draws):
         """From [n_critics, B] to the target's [B]; `draws` is for subclasses."""
@@ -247,7 +242,7 @@ class Agent(nn.Module):
         self.critic.train()
         q, _ = self.q(self.critic, both_obs, both_actions).chunk(2, -1)  # [n_critics, B]
 
-        next_value = self.target_q(next_q, draws) - self.log_alpha.exp() * next_log_prob
+        next_value = self.target_q(next_q, draws) - self.alpha() * next_log_prob
         target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()  # [B]
         loss = 0.5 * (q - target).square().mean(-1).sum()
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
@@ -259,12 +254,12 @@ class Agent(nn.Module):
         action, log_prob = self.policy(obs, draws["noise"])
         self.critic.eval()
         q = self.q(self.critic, obs, action)  # [n_critics, B]
-        loss = (self.log_alpha.exp().detach() * log_prob - self.actor_q(q)).mean()
+        loss = (self.alpha().detach() * log_prob - self.actor_q(q)).mean()
         return loss, {"losses/actor": loss, "diagnostics/entropy": -log_prob.mean()}
 
     def alpha_loss(self, entropy):
         """Raises the temperature while the policy's entropy is below its target."""
-        alpha = self.log_alpha.exp()
+        alpha = self.alpha()
         return alpha * (entropy - self.target_entropy), {"diagnostics/alpha": alpha}
 
     def draw(self, batch, rng):
@@ -444,7 +439,7 @@ class Env(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
-def make_env(args, **kwargs):
+def make_env(args, wrapper=lambda env: env, **kwargs):
     """An environment with float32 vectors and actions in [-1, 1], each played n times."""
     own_module, _, name = args.env_id.rpartition(":")
     suite = suite_of(args.env_id)
@@ -452,7 +447,7 @@ def make_env(args, **kwargs):
     try:
         if module:
             importlib.import_module(module)
-        env = gym.make(name, **kwargs)
+        env = wrapper(gym.make(name, **kwargs))
     except (gym.error.Error, ImportError) as error:  # they name near matches and packages
         frames = [call.frame for call in inspect.getinnerframes(error.__traceback__)]
         packages = {frame.f_globals["__name__"].partition(".")[0] for frame in frames}
@@ -463,7 +458,7 @@ def make_env(args, **kwargs):
     actions, obs = env.action_space, env.observation_space
     box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1
     if not box or actions.dtype.kind != "f" or len(obs.shape or ()) > 2:
-        needed = "needed: a bounded vector of floats to act, and vectors to observe, no images"
+        needed = "needed: actions in a bounded Box of floats, vectors to observe, no images"
         fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
     one = actions.dtype.type(1)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
@@ -504,7 +499,7 @@ def parse_args(argv=None, Args=Args, Agent=Agent):
         path = Path(run_dir, "checkpoint.pt")
         try:  # as data, never as code; to evaluate, the replay buffer stays on the disk
             checkpoint = torch.load(path, "cpu", weights_only=True, mmap=args.resume is None)
-            program = checkpoint.get("program", "an earlier version")
+            program = checkpoint["program"] if "buffer" in checkpoint else "an earlier version"
             if program != program_of(Agent):
                 raise ValueError(f"a run of {program}, not of {program_of(Agent)}")
             default = Args(**checkpoint["args"])
@@ -577,7 +572,7 @@ class Run:
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
             # A view would be saved with all rows.
             "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),
-            "position": self.buffer.position,
+            "buffer": {k: v for k, v in vars(self.buffer).items() if k != "rows"},
             "rng": self.rng.get_state(),
             "global_rng": torch.get_rng_state(),  # of which a reset makes its networks
         }
@@ -594,7 +589,7 @@ class Run:
         self.agent.n_updates = checkpoint["n_updates"]
         for name, optimizer in self.agent.optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-        self.buffer.size, self.buffer.position = len(checkpoint["rows"]), checkpoint["position"]
+        vars(self.buffer).update(checkpoint["buffer"])
         self.buffer.rows[: self.buffer.size] = checkpoint.pop("rows")
         torch.set_rng_state(checkpoint["global_rng"])
         if checkpoint["rng"].shape == self.rng.get_state().shape:  # CUDA's is not the CPU's

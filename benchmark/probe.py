@@ -31,14 +31,15 @@ def q_bias(script, agent, env, step):
     stochastic policy, G_t = r_t + gamma (G_t+1 - alpha log pi(a_t+1 | s_t+1)); without entropy for
     a deterministic policy (TD3).
 
-    Q is the minimum over the critics, as in the updates. As in REDQ (Chen et al. 2021), the last
-    65 % of an episode cut by a time limit are left out: the returns that follow are cut too.
+    Q is what the actor maximises: for most, the minimum over the critics. As in REDQ (Chen et al.
+    2021), the last 65 % of an episode cut by a time limit are left out: the returns that follow are
+    cut too.
     """
     agent.actor.eval()
     agent.critic.eval()
     args, device = agent.args, next(agent.parameters()).device
     soft = hasattr(agent, "log_alpha")
-    alpha = agent.log_alpha.exp().item() if soft else 0.0
+    alpha = agent.alpha().item() if soft else 0.0
     rng = torch.Generator(device).manual_seed(script.reset_seed(args.seed, step, -1 % 2**32))
     all_q, all_g, episode = [], [], 0
     with torch.no_grad():
@@ -52,7 +53,7 @@ def q_bias(script, agent, env, step):
                     action, log_prob = agent.policy(obs, noise)
                 else:
                     action, log_prob = agent.policy(obs), torch.zeros(1)
-                q.append(agent.q(agent.critic, obs, action).min().item())
+                q.append(agent.actor_q(agent.q(agent.critic, obs, action)).item())
                 obs, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
                 rewards.append(float(reward))
                 log_probs.append(log_prob.item())

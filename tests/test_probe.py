@@ -51,6 +51,12 @@ class ConstantQ:
     def parameters(self):
         return iter([self.log_alpha])
 
+    def alpha(self):
+        return self.log_alpha.exp()
+
+    def actor_q(self, q):
+        return q.min(0).values
+
     def q(self, critic, obs, action):
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
 

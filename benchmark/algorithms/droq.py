@@ -1,0 +1,106 @@
+"""DroQ: dropout Q-functions (Hiraoka et al., ICLR 2022, arXiv 2110.02034).
+
+REDQ's twenty updates per step with two critics in place of ten: dropout and layer norm in the
+critics do the ensemble's work. Dropout is on in every forward of a critic, in the target's and the
+actor's too, each with a mask of its own. The target is the minimum over the two critics, the actor
+maximises their mean.
+
+    python benchmark/algorithms/droq.py --env-id Hopper-v4              # as in CrossQ's paper
+    python benchmark/algorithms/droq.py --env-id Hopper-v4 --critic-lr 3e-4 --actor-lr 3e-4 \\
+        --alpha-lr 3e-4                                                 # as in DroQ's own paper
+    python benchmark/algorithms/droq.py --env-id Hopper-v4 --critic-width 2048 --adam-beta1 0.5 \\
+                                                                        # CrossQ, figure 15
+
+All flags, files and errors are those of sac_baseline.py.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+import sac_baseline  # noqa: E402
+
+
+@dataclasses.dataclass
+class Args(sac_baseline.Args):
+    dropout: float = 0.01  # share of hidden units that are dropped
+    utd: int = 20  # critic updates per agent step (update-to-data ratio)
+    policy_delay: int = 20  # critic updates per actor update
+
+    MAY_BE_ZERO = sac_baseline.Args.MAY_BE_ZERO | {"dropout"}
+    AT_MOST = sac_baseline.Args.AT_MOST | {"dropout": 0.999}
+
+    @staticmethod
+    def suite_defaults(env_id):
+        """The policy delay stays on DeepMind Control too."""
+        defaults = sac_baseline.Args.suite_defaults(env_id)
+        return {name: value for name, value in defaults.items() if name != "policy_delay"}
+
+
+class DropoutMLP(sac_baseline.MLP):
+    """(Dense -> dropout -> layer norm -> ReLU) x 2 -> dense: [B, n_in] -> [N, B, n_out].
+
+    The masks, two of [N, B, width], are set before a forward. In eval mode nothing is dropped.
+    """
+
+    masks = ()
+
+    def __init__(self, n_in, width, n_out, ensemble=()):
+        super().__init__(n_in, width, n_out, ensemble)
+        self.scales = nn.ParameterList(torch.ones(*ensemble, 1, width) for _ in range(2))
+        self.shifts = nn.ParameterList(torch.zeros(*ensemble, 1, width) for _ in range(2))
+
+    def forward(self, x):
+        for k in range(2):
+            x = x @ self.weights[k] + self.biases[k]
+            if self.training:
+                x = x * self.masks[k]
+            x = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)  # eps: CrossQ's code, JAX's
+            x = (x * self.scales[k] + self.shifts[k]).relu()
+        return x @ self.weights[2] + self.biases[2]
+
+
+class Agent(sac_baseline.Agent):
+    def make_critic(self):
+        n_in, args = self.obs_dim + self.action_dim, self.args
+        return DropoutMLP(n_in, args.critic_width, 1, ensemble=(args.n_critics,))
+
+    def draw(self, batch, rng):
+        """The masks of both networks too: 0 with probability `dropout`, otherwise what keeps the
+        mean. They come from the run's generator, so that a resume is exact."""
+        args, keep = self.args, 1 - self.args.dropout
+        shape = 2, args.n_critics, len(batch[0]), args.critic_width
+
+        def masks():
+            return torch.empty(shape, device=rng.device).bernoulli_(keep, generator=rng) / keep
+
+        return super().draw(batch, rng) | {"critic": masks(), "target": masks()}
+
+    def critic_loss(self, batch, draws):
+        self.set_masks(draws)
+        return super().critic_loss(batch, draws)
+
+    def actor_loss(self, batch, draws):
+        self.set_masks(draws)
+        return super().actor_loss(batch, draws)
+
+    def set_masks(self, draws):
+        self.critic.train()
+        self.critic.masks = draws["critic"]
+        self.target_critic.train()
+        self.target_critic.masks = draws["target"]
+
+    def actor_q(self, q):
+        return q.mean(0)
+
+
+def main(argv=None, **parts):
+    return sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""REDQ: randomised ensembled double Q-learning (Chen et al., ICLR 2021, arXiv 2101.05982).
+
+What it adds to SAC: an ensemble of ten critics and twenty updates per step. So many updates on the
+same data would make two critics over-estimate; here each target is the minimum over two critics
+drawn at random, and the actor maximises the mean over all of them. It was the most sample-efficient
+algorithm when CrossQ was compared with it.
+
+    python benchmark/algorithms/redq.py --env-id Hopper-v4              # as in CrossQ's paper
+    python benchmark/algorithms/redq.py --env-id Hopper-v4 --critic-lr 3e-4 --actor-lr 3e-4 \\
+        --alpha-lr 3e-4                                                 # as in REDQ's own paper
+    python benchmark/algorithms/redq.py --env-id Hopper-v4 --critic-width 2048 --adam-beta1 0.5 \\
+                                                                        # CrossQ, figure 14
+
+All flags, files and errors are those of sac_baseline.py.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+import sac_baseline  # noqa: E402
+
+
+@dataclasses.dataclass
+class Args(sac_baseline.Args):
+    n_critics: int = 10  # Q-functions (the paper's N)
+    n_target_critics: int = 2  # of them, drawn anew for each update's target (the paper's M)
+    utd: int = 20  # critic updates per agent step (the paper's G)
+    policy_delay: int = 20  # critic updates per actor update
+
+    @staticmethod
+    def suite_defaults(env_id):
+        """The policy delay stays on DeepMind Control too."""
+        defaults = sac_baseline.Args.suite_defaults(env_id)
+        return {name: value for name, value in defaults.items() if name != "policy_delay"}
+
+
+class Agent(sac_baseline.Agent):
+    def __init__(self, obs_dim, action_dim, args):
+        if args.n_target_critics > args.n_critics:
+            sac_baseline.fail("--n-target-critics must be at most --n-critics,", args.n_critics)
+        super().__init__(obs_dim, action_dim, args)
+
+    def draw(self, batch, rng):
+        """The critics of this update's target too: one subset for the whole batch."""
+        shuffled = torch.randperm(self.args.n_critics, generator=rng, device=rng.device)
+        return super().draw(batch, rng) | {"subset": shuffled[: self.args.n_target_critics]}
+
+    def target_q(self, next_q, draws):
+        return next_q[draws["subset"]].min(0).values
+
+    def actor_q(self, q):
+        return q.mean(0)
+
+
+def main(argv=None, **parts):
+    return sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
