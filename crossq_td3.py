@@ -16,6 +16,7 @@ joint forward pass of the critic over (s, a) and (s', a'), and wider critics.
 #   "numpy==2.2.6; python_version < '3.11'"]
 # ///
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import inspect
@@ -292,11 +293,11 @@ class Agent(nn.Module):
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, float32, on the device; a row is a whole transition."""
+    """The last --buffer-size transitions, float32, on the device; a row is a whole transition."""
 
-    def __init__(self, capacity, obs_dim, action_dim, device):
+    def __init__(self, obs_dim, action_dim, args, device):
         self.widths = [obs_dim, action_dim, 1, 1, obs_dim]
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
+        self.rows = torch.empty(args.buffer_size, sum(self.widths), device=device)
         self.position, self.size = 0, 0
 
     def add(self, obs, action, reward, terminated, next_obs):
@@ -443,6 +444,15 @@ def make_env(args, wrapper=lambda env: env, **kwargs):
     return env
 
 
+def keep_memory():
+    """glibc gives large tensors back to the kernel when they are freed, which then clears the pages
+    of the next ones: thousands per update of a wide critic. Other C libraries are left alone."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: what is smaller comes from the heap,
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
+
+
 def choose_device(args):
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     # On some CPUs "medium" is faster and as exact; others round to bfloat16, CUDA to TF32.
@@ -456,6 +466,7 @@ def choose_device(args):
 def compile_updates(agent):
     """Compile losses and gradients; without a compiler, or Python's headers, say so and go on."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
+    torch._dynamo.config.recompile_limit = 1000  # one process may train many agents
     try:
         torch.compile(torch.square)(next(agent.parameters()).detach())
         agent.gradients = torch.compile(agent.gradients, fullgraph=True)
@@ -592,7 +603,8 @@ class Run:
             fail(self.folder, "cannot be written:", error)
         self.save()
         if args.track:  # it copies TensorBoard's events, so it begins before them
-            wandb = importlib.import_module("wandb")
+            import wandb
+
             name = self.folder.name
             wandb.init(id=name, resume="allow", config=vars(args), sync_tensorboard=True)
         self.write_evaluations()
@@ -602,6 +614,8 @@ class Run:
         changed = [f"{k} {v}" for k, v in vars(args).items() if v != getattr(type(args), k)]
         size = self.buffer.rows.nbytes
         print(f"{self.folder} on {device}; buffer {size:,} bytes; {', '.join(changed)}")
+        if device.startswith("CPU") and torch.get_num_threads() > 1:
+            print("several runs at once are much faster with OMP_NUM_THREADS=1 set for each")
 
     def log(self, values):
         check_finite(self.step, values)
@@ -671,6 +685,7 @@ def main(
         sys.path.append(os.getcwd())
     args, checkpoint = parse_args(argv, Args, Agent)
     env = make_env(args)
+    keep_memory()
     device = choose_device(args)
     torch.manual_seed(args.seed)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
@@ -679,7 +694,7 @@ def main(
         evaluate_run(args, checkpoint, agent, env, evaluate)
         return 0
     try:
-        buffer = ReplayBuffer(args.buffer_size, *sizes, device)
+        buffer = ReplayBuffer(*sizes, args, device)
     except RuntimeError as error:  # PyTorch has no memory
         fail(f"--buffer-size {args.buffer_size}:", error)
     rng = torch.Generator(device).manual_seed(args.seed)  # of all that is random from here on

@@ -4,6 +4,7 @@
     python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 9
     python benchmark/ablate.py sac_baseline.py --tau 1 --activation tanh              # figure 16
     python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
+    python benchmark/ablate.py crossq_sac.py --replay prioritized
     python benchmark/ablate.py --probe crossq_sac.py --critic-norm none               # and probe.py
 
 Everything after the script's name is its own command line, with the flags of `Ablations` added, or
@@ -46,6 +47,17 @@ class Ablations:
     bn_momentum: float = 0.99  # share of the running statistics that stays (PyTorch: 1 - this)
     target_stats: Literal["own", "live"] = "own"  # of a target network: averaged, or the critic's
     products: Products = "float32"  # the factors are rounded to this, on any processor; no faster
+    q_aggregation: Literal["min", "mean"] = "min"  # over the critics, for target and actor (RLinf)
+    max_grad_norm: float = 0.0  # longer gradients are cut to this; 0: none are (RLinf)
+    temperature: Literal["exp", "softplus"] = "exp"  # of the parameter that is learnt (RLinf)
+
+
+@dataclasses.dataclass
+class CrossQAblations(Ablations):
+    entropy_in_target: bool = True  # RLinf's backup_entropy
+    # Prioritised replay (Schaul et al. 2016), proportional, with the paper's exponents. Prioritised
+    # batches have other means and variances, so batch norm sees them too.
+    replay: Literal["uniform", "prioritized"] = "uniform"
 
 
 @dataclasses.dataclass
@@ -71,16 +83,19 @@ def ablate(script):
 
 
 def ablate_norms(script):
-    """For the scripts of the first paper: norms, activations, products."""
+    """For the scripts of the first paper: norms, activations, products, targets, replay."""
     has_target = not hasattr(script, "BatchRenorm")  # sac_baseline.py
     renorm = (probe.load("crossq_sac.py") if has_target else script).BatchRenorm
+    soft = hasattr(script.Agent, "alpha")  # not crossq_td3.py
+    is_crossq = soft and not has_target
+    flags = BaselineAblations if has_target else CrossQAblations if is_crossq else Ablations
 
     @dataclasses.dataclass
-    class Args(script.Args, BaselineAblations if has_target else Ablations):
-        MAY_BE_ZERO = script.Args.MAY_BE_ZERO | {"bn_momentum", "brn_warmup"}
+    class Args(script.Args, flags):
+        MAY_BE_ZERO = script.Args.MAY_BE_ZERO | {"bn_momentum", "brn_warmup", "max_grad_norm"}
         AT_MOST = script.Args.AT_MOST | {"bn_momentum": 1}
 
-    class Agent(script.Agent):
+    class Agent(replayed(script) if is_crossq else script.Agent):
         program = f"ablate_{Path(script.__file__).stem}"
 
         def __init__(self, obs_dim, action_dim, args):
@@ -89,7 +104,33 @@ def ablate_norms(script):
             normed_target = has_target and args.critic_norm in ("brn", "bn")
             if args.target_stats == "live" and not normed_target:
                 script.fail("--target-stats is of sac_baseline.py with --critic-norm brn or bn")
+            if args.temperature == "softplus" and not soft:
+                script.fail("--temperature softplus: there is no temperature in", script.__file__)
             super().__init__(obs_dim, action_dim, args)
+
+        def reset(self):
+            super().reset()
+            if self.args.temperature == "softplus":
+                with torch.no_grad():
+                    self.log_alpha.fill_(math.log(math.expm1(self.args.alpha)))
+
+        def alpha(self):
+            softplus = self.args.temperature == "softplus"
+            return F.softplus(self.log_alpha) if softplus else super().alpha()
+
+        def target_q(self, next_q, draws):
+            mean = self.args.q_aggregation == "mean"
+            return next_q.mean(0) if mean else super().target_q(next_q, draws)
+
+        def actor_q(self, q):
+            return q.mean(0) if self.args.q_aggregation == "mean" else super().actor_q(q)
+
+        def gradients(self, loss, parameters, *inputs):
+            gradients, info = super().gradients(loss, parameters, *inputs)
+            if longest := self.args.max_grad_norm:
+                norm = torch.nn.utils.get_total_norm(gradients)
+                gradients = [g * (longest / norm).clamp(max=1) for g in gradients]
+            return gradients, info
 
         def make_critic(self):
             return self.ablated(super().make_critic(), self.args.critic_norm, self.args.activation)
@@ -112,11 +153,92 @@ def ablate_norms(script):
 
         def critic_loss(self, batch, draws):
             if self.args.bootstrap_at_termination:
-                obs, action, reward, terminated, next_obs = batch
-                batch = obs, action, reward, torch.zeros_like(terminated), next_obs
+                obs, action, reward, terminated, *rest = batch
+                batch = obs, action, reward, torch.zeros_like(terminated), *rest
             return super().critic_loss(batch, draws)
 
-    return {"Args": Args, "Agent": with_modes(Agent) if has_target else Agent}
+    parts = {"Args": Args, "Agent": with_modes(Agent) if has_target else Agent}
+    return parts | ({"ReplayBuffer": replay_of(script)} if is_crossq else {})
+
+
+def replayed(script):
+    """CrossQ's agent with a weight per transition, and with the choice to leave out entropy."""
+
+    class ReplayedAgent(script.Agent):
+        def critic_loss(self, batch, draws):
+            obs, action, reward, terminated, next_obs, *weight = batch
+            if not weight and self.args.entropy_in_target:
+                return super().critic_loss(batch, draws)
+            self.actor.eval()
+            with torch.no_grad():
+                next_action, next_log_prob = self.policy(next_obs, draws["noise"])
+            self.critic.train()
+            both = torch.cat([obs, next_obs]), torch.cat([action, next_action])
+            q, next_q = self.q(self.critic, *both).chunk(2, -1)
+            next_value = self.target_q(next_q, draws)
+            if self.args.entropy_in_target:
+                next_value = next_value - self.alpha() * next_log_prob
+            target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()
+            error = q - target  # [n_critics, B]
+            weight = weight[0] if weight else torch.ones_like(reward)
+            loss = 0.5 * (weight * error.square()).mean(-1).sum()
+            info = {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
+            return loss, info | {"error": error.abs().mean(0)}
+
+        def update(self, batch, rng):
+            if self.args.replay == "uniform":
+                info = super().update(batch, rng)
+                info.pop("error", None)
+                return info
+            *batch, probability, index, buffer = batch
+            args = self.args
+            agent_steps = math.ceil(args.total_timesteps / args.action_repeat)
+            updates = (agent_steps - args.learning_starts) * args.utd  # in the whole run
+            beta = 0.4 + 0.6 * min(1.0, self.n_updates / updates)
+            weight = (buffer.size * probability) ** -beta  # of importance sampling
+            info = super().update((*batch, weight / weight.max()), rng)
+            buffer.prioritize(index, info.pop("error"))
+            return info
+
+    return ReplayedAgent
+
+
+def replay_of(script):
+    """The replay buffer that --replay asks for."""
+
+    class PrioritizedReplay(script.ReplayBuffer):
+        """A row has one column more, its priority: (error + 1e-6) ** 0.6. A new one has the largest
+        so far. A batch has more parts too: probabilities [n], rows [n] and this buffer."""
+
+        def __init__(self, obs_dim, action_dim, args, device):
+            super().__init__(obs_dim, action_dim, args, device)
+            self.widths.append(1)
+            self.rows = torch.zeros(args.buffer_size, sum(self.widths), device=device)
+            self.largest = 1.0
+
+        def add(self, obs, action, reward, terminated, next_obs):
+            super().add(obs, action, reward, terminated, [*next_obs, self.largest])
+
+        def sample(self, n, rng):
+            ends = self.rows[: self.size, -1].double().cumsum(0)
+            places = torch.rand(n, generator=rng, device=rng.device, dtype=torch.float64) * ends[-1]
+            index = torch.searchsorted(ends, places, right=True).clamp(max=self.size - 1)
+            obs, action, *scalars, next_obs, priority = self.rows[index].split(self.widths, -1)
+            probability = (priority.squeeze(-1) / ends[-1]).float()
+            reward, terminated = (scalar.squeeze(-1) for scalar in scalars)
+            return obs, action, reward, terminated, next_obs, probability, index, self
+
+        def prioritize(self, index, error):
+            priority = (error + 1e-6) ** 0.6
+            self.rows[index, -1] = priority
+            self.largest = max(self.largest, priority.max().item())
+
+    def make(obs_dim, action_dim, args, device):
+        prioritized = args.replay == "prioritized"
+        buffer = PrioritizedReplay if prioritized else script.ReplayBuffer
+        return buffer(obs_dim, action_dim, args, device)
+
+    return make
 
 
 def with_modes(Agent):

@@ -28,7 +28,12 @@ FLAGS = [
     ["--products", "float32"],
     ["--products", "bfloat16"],
     ["--products", "tf32"],
+    ["--q-aggregation", "mean"],
+    ["--max-grad-norm", "0.1"],
 ]
+SOFT_FLAGS = [["--temperature", "softplus"]]
+CROSSQ_FLAGS = [*SOFT_FLAGS, ["--no-entropy-in-target"], ["--replay", "prioritized"]]
+MORE_FLAGS = {"sac_baseline.py": SOFT_FLAGS, "crossq_sac.py": CROSSQ_FLAGS, "crossq_td3.py": []}
 WN_FLAGS = [
     *(["--weight-norm", mode] for mode in ("project", "soft", "none", "output")),
     ["--decay-norms"],
@@ -89,7 +94,7 @@ def test_every_flag_changes_the_result_and_the_default_does_not(tmp_path, monkey
     # With the rates' start, which may fall, the optimisers of CrossQ + WN have one entry more.
     assert script == WN or same(optimizers, default[1])
     plain = weights("plain")
-    for flags in WN_FLAGS if script == WN else FLAGS:
+    for flags in WN_FLAGS if script == WN else FLAGS + MORE_FLAGS[script]:
         name = " ".join(flags)[2:]  # a run's name is no flag
         assert ablate.main([script, *TINY, *flags, "--run-name", name]) == 0
         result = weights(name)
@@ -107,6 +112,29 @@ def test_all_together_resumed_and_compiled(tmp_path, monkeypatch):
     assert ablate.main([*ablated, "--run-name", "whole"]) == 0
     assert ablate.main([*ablated, "--run-name", "part", "--total-timesteps", "23"]) == 0
     assert ablate.main(["crossq_sac.py", "--resume", "runs/part", "--total-timesteps", "26"]) == 0
+    assert same(state("whole"), state("part"))
+
+
+def test_replay_and_targets_resumed(tmp_path, monkeypatch):
+    """Priorities are in the checkpoint, and the largest so far."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--replay prioritized --no-entropy-in-target --temperature softplus --max-grad-norm 0.5"
+    ablated = ["crossq_sac.py", *TINY, *flags.split(), "--q-aggregation", "mean"]
+    ablated += ["--buffer-size", "22"]  # it has wrapped at the end
+    script = probe.load("crossq_sac.py")
+    parts = ablate.ablate(script)
+
+    class Killed(parts["Agent"]):
+        def act(self, obs, rng=None):
+            if self.n_updates == 5:
+                raise InterruptedError
+            return super().act(obs, rng)
+
+    assert ablate.main([*ablated, "--run-name", "whole"]) == 0
+    arguments = [*ablated[1:], "--checkpoint-every", "23", "--run-name", "part"]
+    with pytest.raises(InterruptedError):
+        script.main(arguments, **parts | {"Agent": Killed})
+    assert ablate.main(["crossq_sac.py", "--resume", "runs/part"]) == 0
     assert same(state("whole"), state("part"))
 
 
@@ -315,6 +343,128 @@ def test_the_rates_fall_by_each_optimisers_own_steps(tmp_path, monkeypatch):
         assert np.allclose(np.array(rates[name]), linear[:, None], rtol=1e-9), name
 
 
+# --------------------------------------------------------------------- targets, replay, temperature
+
+
+def critic_error(agent, batch, noise, entropy=True, aggregate=lambda q: q.min(0).values):
+    """q - target of CrossQ, written down again."""
+    obs, action, reward, terminated, next_obs = batch
+    agent.actor.eval()
+    with torch.no_grad():
+        next_action, log_prob = agent.policy(next_obs, noise)
+    agent.critic.train()
+    rows = torch.cat([torch.cat([obs, action], 1), torch.cat([next_obs, next_action], 1)])
+    q, next_q = agent.critic(rows)[..., 0].split(16, 1)
+    value = aggregate(next_q) - entropy * agent.log_alpha.exp() * log_prob
+    return q - (reward + 0.99 * (1 - terminated) * value).detach()
+
+
+@pytest.mark.parametrize("flags", [
+    {"entropy_in_target": False},
+    {"q_aggregation": "mean"},
+    {"q_aggregation": "mean", "entropy_in_target": False},
+])  # fmt: skip
+def test_target_by_formula(flags):
+    agent, again, noise = make("crossq_sac.py", **flags), make("crossq_sac.py"), torch.ones(16, 2)
+    how = {"entropy": flags.get("entropy_in_target", True)}
+    if "q_aggregation" in flags:
+        how["aggregate"] = lambda q: q.mean(0)
+    expected = 0.5 * critic_error(again, make_batch(), noise, **how).square().mean(1).sum()
+    loss, _ = agent.critic_loss(make_batch(), {"noise": noise})
+    torch.testing.assert_close(loss, expected)
+    plain, _ = again.critic_loss(make_batch(), {"noise": noise})
+    assert not torch.isclose(loss, plain)
+
+
+def test_actor_maximises_the_mean():
+    q = torch.tensor([[1.0, 5.0], [3.0, 2.0]])
+    assert make("crossq_sac.py", q_aggregation="mean").actor_q(q).tolist() == [2.0, 3.5]
+    assert make("crossq_sac.py").actor_q(q).tolist() == [1.0, 2.0]
+
+
+def test_softplus_begins_at_alpha_and_is_what_is_learnt():
+    agent = make("sac_baseline.py", temperature="softplus", alpha=0.3)
+    assert agent.alpha().item() == pytest.approx(0.3, rel=1e-6)
+    loss, _ = agent.alpha_loss(torch.tensor(1.0))  # entropy 1, target -2
+    (gradient,) = torch.autograd.grad(loss, agent.log_alpha)
+    sigmoid = 1 - np.exp(-0.3)  # softplus' slope, where it is 0.3
+    assert gradient.item() == pytest.approx(3 * sigmoid, rel=1e-5)
+
+
+def test_gradients_are_cut_to_a_length():
+    batch, draws = make_batch(), {"noise": torch.zeros(16, 2)}
+    lengths, gradients = {}, {}
+    for longest in (0.0, 0.05, 1e6):
+        agent = make("crossq_sac.py", max_grad_norm=longest)
+        gradients[longest], _ = agent.gradients(
+            agent.critic_loss, [*agent.critic.parameters()], batch, draws
+        )
+        lengths[longest] = torch.cat([g.flatten() for g in gradients[longest]]).norm().item()
+    assert lengths[0.0] > 0.05 and lengths[0.05] == pytest.approx(0.05, rel=1e-5)
+    assert all(map(torch.equal, gradients[0.0], gradients[1e6]))
+    share = 0.05 / lengths[0.0]
+    torch.testing.assert_close(gradients[0.05], [g * share for g in gradients[0.0]])
+
+
+def prioritized(rows=4):
+    parts = ablate.ablate(probe.load("crossq_sac.py"))
+    args = parts["Args"](replay="prioritized", buffer_size=8)
+    buffer = parts["ReplayBuffer"](1, 1, args, torch.device("cpu"))
+    for k in range(rows):
+        buffer.add([k], [0.5], 10 * k, k == 3, [k + 1])
+    return buffer
+
+
+def test_prioritized_replay_by_hand():
+    buffer, rng = prioritized(), torch.Generator().manual_seed(0)
+    assert buffer.rows[:4, -1].tolist() == [1, 1, 1, 1]  # all are new
+    buffer.prioritize(torch.tensor([0, 2]), torch.tensor([3.0, 0.0]))
+    priorities = [3**0.6, 1, 1e-6**0.6, 1]
+    assert buffer.rows[:4, -1].tolist() == pytest.approx(priorities, rel=1e-5)
+    buffer.add([4], [0.5], 40, False, [5])
+    priorities.append(3**0.6)  # as the largest so far
+    batch = buffer.sample(20_000, rng)
+    obs, action, reward, terminated, next_obs, probability, index, same_buffer = batch
+    assert same_buffer is buffer
+    for k, priority in enumerate(priorities):
+        mine = index == k
+        share = priority / sum(priorities)
+        assert mine.float().mean().item() == pytest.approx(share, abs=0.01)
+        torch.testing.assert_close(probability[mine], torch.full_like(probability[mine], share))
+    assert torch.equal(obs[:, 0], index.float()) and torch.equal(next_obs[:, 0], index + 1.0)
+    assert torch.equal(reward, 10.0 * index) and torch.equal(terminated, (index == 3).float())
+    assert (action == 0.5).all() and next_obs.shape == (20_000, 1)
+
+
+def test_prioritized_update_by_formula():
+    """The loss is weighted by importance, and the errors become priorities."""
+    args = {"replay": "prioritized", "total_timesteps": 5100, "policy_delay": 9}
+    agent, again = make("crossq_sac.py", **args), make("crossq_sac.py")
+    agent.n_updates = 50  # of 100, so beta is 0.7
+    batch, rng = make_batch(), torch.Generator().manual_seed(2)
+    noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))
+    probability = torch.linspace(0.01, 0.2, 16)
+    seen = {}
+
+    class Buffer:
+        size = 40
+
+        def prioritize(self, index, error):
+            seen.update(zip(index.tolist(), error.tolist()))
+
+    error = critic_error(again, batch, noise)
+    weight = (1 / (40 * probability)) ** 0.7
+    weight = weight / weight.max()
+    expected = (0.5 * weight * error**2).sum() / 16
+    info = agent.update((*batch, probability, torch.arange(16), Buffer()), rng)
+    torch.testing.assert_close(info["losses/critic"], expected.detach())
+    torch.testing.assert_close([*seen.values()], error.abs().mean(0).tolist())
+    assert all(value.numel() == 1 for value in info.values())
+    gradients = torch.autograd.grad(expected, [*again.critic.parameters()])
+    for parameter, gradient in zip(agent.critic.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 # ----------------------------------------------------------------------------- arguments and more
 
 
@@ -334,6 +484,8 @@ def test_bounds_are_values_too(tmp_path, monkeypatch, script, flags):
 @pytest.mark.parametrize("script, flags, message", [
     ("crossq_sac.py", "--bn-momentum 1.5", "--bn-momentum is 1.5 but must be >= 0 and <= 1"),
     ("crossq_td3.py", "--brn-warmup -1", "--brn-warmup is -1"),
+    ("crossq_td3.py", "--temperature softplus", "no temperature"),
+    ("crossq_sac.py", "--max-grad-norm -1", "--max-grad-norm is -1"),
     ("sac_baseline.py", "--brn-warmup -1", "--brn-warmup is -1"),
     (WN, "--lr-end -0.1", "--lr-end is -0.1"),
     (WN, "--lr-end 1.1", "--lr-end is 1.1 but must be >= 0 and <= 1"),

@@ -443,7 +443,10 @@ def test_number_of_critics(n):
 
 
 def test_buffer_wraps_around_and_keeps_contents():
-    buffer, rng = ReplayBuffer(5, 2, 1, torch.device("cpu")), torch.Generator().manual_seed(0)
+    buffer, rng = (
+        ReplayBuffer(2, 1, Args(buffer_size=5), torch.device("cpu")),
+        torch.Generator().manual_seed(0),
+    )
     buffer.rows.fill_(math.nan)  # unwritten rows would show
     for i in range(8):
         buffer.add(np.full(2, i), np.full(1, -i / 10), i + 0.5, i % 2 == 0, np.full(2, i + 1))
@@ -458,7 +461,7 @@ def test_buffer_wraps_around_and_keeps_contents():
 
 
 def test_sampling_is_uniform():
-    buffer = ReplayBuffer(64, 1, 1, torch.device("cpu"))
+    buffer = ReplayBuffer(1, 1, Args(buffer_size=64), torch.device("cpu"))
     for i in range(50):
         buffer.add([i], [0], 0, False, [0])
     obs, *_ = buffer.sample(50_000, torch.Generator().manual_seed(0))
@@ -470,7 +473,9 @@ def test_sampling_is_uniform():
 def test_memory_is_taken_when_written():
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    buffer = ReplayBuffer(1_000_000, 376, 17, torch.device("cpu"))  # Humanoid: 3 GB
+    buffer = ReplayBuffer(
+        376, 17, Args(buffer_size=1_000_000), torch.device("cpu")
+    )  # Humanoid: 3 GB
     buffer.add(np.zeros(376), np.zeros(17), 0, False, np.zeros(376))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
 

@@ -48,7 +48,7 @@ def make(script, compiled=False, device="cpu"):
     device = torch.device(device)
     torch.manual_seed(0)
     agent = module.Agent(OBS, ACTIONS, args).to(device)
-    buffer = module.ReplayBuffer(500, OBS, ACTIONS, device)
+    buffer = module.ReplayBuffer(OBS, ACTIONS, module.Args(buffer_size=500), device)
     buffer.rows.normal_()
     buffer.size = 500
     rng = torch.Generator(device).manual_seed(0)
@@ -102,7 +102,7 @@ def test_no_operator_mixes_devices(script, monkeypatch):
     args = module.Args(critic_width=32, actor_width=32)
     with device:
         agent = module.Agent(OBS, ACTIONS, args)
-    buffer = module.ReplayBuffer(500, OBS, ACTIONS, device)
+    buffer = module.ReplayBuffer(OBS, ACTIONS, module.Args(buffer_size=500), device)
     buffer.size = 500
     agent.draw = lambda batch, rng: {"noise": torch.zeros_like(batch[1])}
     with Devices():

@@ -14,7 +14,6 @@ the actor's alone. All flags, files and errors are those of crossq_wn_highutd.py
 """
 
 import dataclasses
-import functools
 import math
 import sys
 from pathlib import Path
@@ -97,9 +96,9 @@ class ReplayBuffer(crossq_wn_highutd.ReplayBuffer):
     a time limit does not end it.
     """
 
-    def __init__(self, *sizes, gamma):
-        super().__init__(*sizes)
-        self.gamma, self.ret = gamma, 0.0
+    def __init__(self, obs_dim, action_dim, args, device):
+        super().__init__(obs_dim, action_dim, args, device)
+        self.gamma, self.ret = args.gamma, 0.0
         self.count, self.mean, self.squares = 0, 0.0, 0.0  # Welford's running variance
 
     def add(self, obs, action, reward, terminated, next_obs):
@@ -193,9 +192,7 @@ class Agent(crossq_wn_highutd.Agent):
 
 
 def main(argv=None, **parts):
-    args, _ = crossq_wn_highutd.parse_args(argv, Args, Agent)  # for the discount alone
-    buffer = functools.partial(ReplayBuffer, gamma=args.gamma)
-    own = {"Args": Args, "Agent": Agent, "ReplayBuffer": buffer}
+    own = {"Args": Args, "Agent": Agent, "ReplayBuffer": ReplayBuffer}
     return crossq_wn_highutd.main(argv, **own | parts)
 
 
