@@ -646,6 +646,7 @@ class Run:
         speed = (self.step - step) / (self.clock[1] - then)  # since the last evaluation
         self.log({"eval/return": mean, "charts/SPS": speed})
         self.progress.write(f"step {self.step:,}: return {mean:,.1f}; {speed:.0f} steps/s")
+        sys.stdout.flush()  # a log file shows it at once
 
     def write_evaluations(self):
         with open(self.folder / "evaluations.tmp", "w") as file:

@@ -49,7 +49,7 @@ class Constant(gym.Env):
         self.t, self.total_steps, self.last_action = (
             self.t + 1,
             self.total_steps + 1,
-            np.asarray(action),
+            np.atleast_1d(action),
         )
         over = self.t >= self.length
         obs, reward = self._obs(), 1.0

@@ -92,8 +92,7 @@ class Actor(MLP):
 class ReplayBuffer(crossq_wn_highutd.ReplayBuffer):
     """Hands out rewards divided by the standard deviation of the discounted returns so far.
 
-    As in gymnasium's NormalizeReward, a return is that of the steps up to now, not from now on, and
-    a time limit does not end it.
+    A return is that of the steps up to now, not from now on. A time limit does not end it.
     """
 
     def __init__(self, obs_dim, action_dim, args, device):
