@@ -14,12 +14,16 @@
 # checkpoint first. A run that fails stops no other.
 #
 # Presets. What is given besides replaces their parts; --flags is added to them:
-#   mujoco       CrossQ's MuJoCo tasks with crossq_sac, crossq_td3 and sac_baseline; 10 seeds of
-#                1M steps
-#   dmc          the 15 DeepMind Control tasks of CrossQ + WN with crossq_wn_highutd, crossq_sac and
-#                sac_baseline; 10 seeds of 1M steps
-#   myosuite     its 10 MyoSuite tasks with the same scripts; 10 seeds of 1M steps
-#   ablations    CrossQ's ablations on its MuJoCo tasks; 5 seeds of 1M steps
+#   mujoco       CrossQ's figure 5: crossq_sac, crossq_td3, sac_baseline, redq, droq and td3 on its
+#                MuJoCo tasks; 10 seeds of 1M steps
+#   rivals       redq, droq, td3, sac_baseline and 256 wide crossq_sac on two of these tasks, small
+#                enough for a CPU: 2 seeds of 30 000 steps. redq and droq take hours each
+#   dmc          figure 3 of CrossQ + WN: crossq_wn_highutd at UTD 1, 2 and 5, crossq_sac,
+#                sac_baseline, bro, bro --fast and sr_sac on its 15 DeepMind Control tasks; 10 seeds
+#                of 1M steps
+#   myosuite     the same on its 10 MyoSuite tasks
+#   ablations    CrossQ's ablations, and REDQ's and DroQ's (figures 14 and 15), on its MuJoCo tasks;
+#                5 seeds of 1M steps
 #   utd-scaling  crossq_wn_highutd at UTD 1, 2 and 5, with and without weight normalisation, on the
 #                tasks of dmc; 10 seeds of 1M steps
 #   quick        all four scripts on two cheap tasks, 256 wide; 3 seeds of 5000 steps, and plots at
@@ -28,7 +32,8 @@
 #                paper's second version
 #
 # What to run:
-#   --scripts "A B"   --envs "E F"   --seeds "1 2" (default: 1)
+#   --scripts "A B"   of the four, or of benchmark/algorithms
+#   --envs "E F"   --seeds "1 2" (default: 1)
 #   --steps N                  environment steps (default: 1000000)
 #   --setting "A --flag ..."   one more script, with flags of its own; may be repeated.
 #                              "ablate A --flag ..." runs it through benchmark/ablate.py, for the
@@ -70,7 +75,7 @@ while (($#)); do
       sed -n '2,/^$/s/^# \{0,1\}//p' "$self"
       exit ;;
     --dry-run) dry_run=1 ;;
-    mujoco | dmc | myosuite | ablations | utd-scaling | quick)
+    mujoco | rivals | dmc | myosuite | ablations | utd-scaling | quick)
       [[ -z $preset ]] || die "one preset at a time, not $preset and $1"
       preset=$1 ;;
     # --task is for Slurm's array: see submit.
@@ -101,16 +106,23 @@ for script in $scripts; do settings+=("$script"); done
 mujoco="Hopper-v4 Walker2d-v4 Ant-v4 HalfCheetah-v4 Humanoid-v4 HumanoidStandup-v4"
 dmc=$(printf 'dm_control/%s-v0 ' dog-{stand,walk,trot,run} humanoid-{stand,walk,run} cheetah-run \
   walker-run hopper-{stand,hop} finger-turn_hard quadruped-run fish-swim pendulum-swingup)
+figure_3=("crossq_wn_highutd --utd "{1,2,5} crossq_sac sac_baseline bro "bro --fast" sr_sac)
 case $preset in
   mujoco)
     default envs "$mujoco"
-    with crossq_sac crossq_td3 sac_baseline ;;
+    with crossq_sac crossq_td3 sac_baseline redq droq td3 ;;
+  rivals)
+    default envs "HalfCheetah-v4 Hopper-v4"
+    default seeds "1 2"
+    default steps 30000
+    flags="--eval-every 5000 $flags"
+    with "crossq_sac --critic-width 256" sac_baseline td3 redq droq ;;
   dmc)
     default envs "$dmc"
-    with crossq_wn_highutd crossq_sac sac_baseline ;;
+    with "${figure_3[@]}" ;;
   myosuite)
     default envs "$(echo myoHand{Reach,Pose,ObjHold,KeyTurn,PenTwirl}{Fixed,Random}-v0)"
-    with crossq_wn_highutd crossq_sac sac_baseline ;;
+    with "${figure_3[@]}" ;;
   ablations)
     default envs "$mujoco"
     default seeds "1 2 3 4 5"
@@ -119,6 +131,10 @@ case $preset in
     with "ablate crossq_sac --"{"bn-momentum 0.9","actor-norm none",bootstrap-at-termination}
     with "ablate crossq_sac --critic-norm "{bn,ln,none} # figures 9, 10 and 13
     with sac_baseline "sac_baseline --"{"critic-width 2048","utd 20 --policy-delay 20"}
+    for rival in redq droq; do # figures 14 and 15
+      with $rival "$rival --critic-width 2048" "$rival --adam-beta1 0.5" \
+        "$rival --critic-width 2048 --adam-beta1 0.5"
+    done
     # Figure 9; live: figure 13.
     with "ablate sac_baseline --critic-norm brn --target-stats "{own,live}
     # Figure 16.
@@ -189,13 +205,14 @@ for seed in $seeds; do # outermost, so that one seed of everything comes first
         program+=("$root/benchmark/ablate.py")
         words=("${words[@]:1}")
       fi
-      script=${words[0]%.py}
-      [[ -e $root/$script.py ]] || die "there is no script $script.py in $root"
+      script=${words[0]%.py} file=$root/$script.py
+      [[ -e $file ]] || file=$root/benchmark/algorithms/$script.py
+      [[ -e $file ]] || die "there is no script $script.py in $root or benchmark/algorithms"
       words=("${words[@]:1}")
       name_run "$env" "$seed" ${program[1]+ablate} "$script" ${words[@]+"${words[@]}"}
       [[ -z ${seen[$name]-} ]] || continue
       seen[$name]=1 names+=("$name")
-      program+=("$root/$script.py" --env-id "$env" --seed "$seed" --total-timesteps "$steps")
+      program+=("$file" --env-id "$env" --seed "$seed" --total-timesteps "$steps")
       program+=(${words[@]+"${words[@]}"})
       printf -v command '%q ' "${program[@]}" # quoted: eval gives the words back
       commands+=("$command")

@@ -216,10 +216,11 @@ def test_help_explains_every_option_and_preset(call):
 
 
 PRESETS = {  # environments x settings x seeds
-    "mujoco": 6 * 3 * 10,
-    "dmc": 15 * 3 * 10,
-    "myosuite": 10 * 3 * 10,
-    "ablations": 6 * 24 * 5,
+    "mujoco": 6 * 6 * 10,
+    "rivals": 2 * 5 * 2,
+    "dmc": 15 * 8 * 10,
+    "myosuite": 10 * 8 * 10,
+    "ablations": 6 * 32 * 5,
     "utd-scaling": 15 * 6 * 10,
     "quick": 2 * 4 * 3,
 }
@@ -243,7 +244,13 @@ def test_dry_run_prints_commands_that_the_scripts_accept(call, tmp_path, monkeyp
         python, program, *words = command.split()
         ablated = program.endswith("/ablate.py")
         script = probe.load(words.pop(0) if ablated else program)
-        args, _ = script.parse_args(words, **(ablate.ablate(script) if ablated else {}))
+        base = (
+            script
+            if hasattr(script, "parse_args")
+            else sys.modules[script.Agent.__base__.__module__]
+        )
+        parts = ablate.ablate(script) if ablated else vars(script)
+        args, _ = base.parse_args(words, parts["Args"], parts["Agent"])
         assert (python, args.run_name) == (sys.executable, words[-1])
 
 
