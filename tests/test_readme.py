@@ -55,7 +55,8 @@ def test_links(readme):
 @pytest.mark.parametrize("readme", READMES[:2])
 def test_flags(readme):
     """Every flag that the text names is one of a script's or of a program's."""
-    programs = [*ROOT.glob("*.py"), *ROOT.glob("benchmark/*.py"), ROOT / "benchmark/run.sh"]
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("benchmark/**/*.py"), ROOT / "benchmark/run.sh"]
     known = "".join(program.read_text() for program in programs)
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]+)", (ROOT / readme).read_text())):
-        assert flag in known or flag.replace("-", "_") in known or flag in ("check", "logdir"), flag
+        name = flag.removeprefix("no-").replace("-", "_")
+        assert flag in known or name in known or flag in ("check", "logdir"), flag
