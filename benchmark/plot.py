@@ -24,7 +24,9 @@ seeds, in aggregates stratified by environment. With three seeds it covers less 
 The papers show IQM and 70 % (CrossQ), and IQM and 90 % (CrossQ + WN). Aggregates are the means of
 return / 1000 (DMC), of success (MyoSuite), or of (return - random) / (TD3 - random) (MuJoCo).
 `--x hours` counts from the TensorBoard events, without the pauses before a resume, and `--x
-updates` counts those of the critic. Both place a point at the mean over its seeds.
+updates` counts those of the critic. Both place a point at the mean over its seeds, and both are
+logarithmic where one setting's curve is more than five times as long as another's. `--x both` has
+a panel of each side by side (CrossQ, figure 6); `curves` is then called `efficiency`.
 """
 
 import argparse
@@ -34,6 +36,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 try:
@@ -75,6 +78,7 @@ AXES = {
     "hours": "wall-clock hours",
     "updates": "gradient steps of the critic",
 }
+AXES_OF = {x: [x] for x in AXES} | {"both": ["updates", "hours"]}  # by --x
 SOURCE = "SimbaV2's repository"
 # File in published/, algorithm (None: it has no such column), band, label, line (no line: it is in
 # the table only).
@@ -99,16 +103,16 @@ class Run:
     env: str  # as in a folder's name: _ for slash and colon
     seed: str
     curves: dict[str, dict[int, float]]  # {quantity: {environment step: value}}
-    x: dict[int, float]  # {environment step: place on the x-axis}
+    x: dict[str, dict[int, float]]  # {x-axis: {environment step: place on it}}
 
 
 @dataclasses.dataclass
 class Curve:
-    """One setting's evaluated steps [T], their places x [T], and the values [seeds, T] of each
-    environment."""
+    """One setting's evaluated steps [T], their places [T] on each x-axis, and the values [seeds, T]
+    of each environment."""
 
     steps: list[int]
-    x: np.ndarray
+    x: dict[str, np.ndarray]
     values: list[np.ndarray]
 
 
@@ -186,11 +190,11 @@ def load_results(folder: Path) -> list[Run]:
     for path in sorted(folder.glob("_*/*/probe.csv")):
         runs.append(Run(path.parts[-2], path.parts[-3].strip("_"), "", read_probe(path), {}))
     for run in runs:
-        run.x = {step: step for curve in run.curves.values() for step in curve}
+        run.x = {"steps": {step: step for curve in run.curves.values() for step in curve}}
     return runs
 
 
-def load_runs(folder: Path, x: str) -> list[Run]:
+def load_runs(folder: Path, axes: list[str]) -> list[Run]:
     """Reads NAME/{evaluations.csv,args.json[,probe.csv]}. Of one setting, environment and seed only
     the longest run counts."""
     paths = [path.parent for path in sorted(folder.glob("*/args.json"))]
@@ -213,13 +217,20 @@ def load_runs(folder: Path, x: str) -> list[Run]:
         if key in runs:
             note(f"{path}: {key} is there twice; only the longer counts")
         if key not in runs or max(done) > max(runs[key].curves["return"]):
-            run.x = hours(path) if x == "hours" else {step: step for step in done}
-            if x == "updates":
-                begin = args["learning_starts"] * args["action_repeat"]
-                rate = args["utd"] / args["action_repeat"]
-                run.x = {step: (step - begin) * rate for step in done if step >= begin}
+            run.x = {x: places(path, args, done, x) for x in axes}
             runs[key] = run
     return list(runs.values())
+
+
+def places(path: Path, args: dict, steps: Iterable[int], x: str) -> dict[int, float]:
+    """{environment step: place on the x-axis}."""
+    if x == "hours":
+        return hours(path)
+    if x == "steps":
+        return {step: step for step in steps}
+    begin = args["learning_starts"] * args["action_repeat"]
+    rate = args["utd"] / args["action_repeat"]
+    return {step: (step - begin) * rate for step in steps if step >= begin}
 
 
 def script_of(path: Path) -> list[str]:
@@ -322,9 +333,12 @@ def estimate(samples: list[np.ndarray], statistic: str, level: int) -> np.ndarra
 
 def common(runs: list[Run], quantity: str) -> Curve:
     """Has the steps that all seeds have, and nothing else."""
-    there = [run.curves.get(quantity, {}).keys() & run.x.keys() for run in runs]
+    there = [set(run.curves.get(quantity, {})).intersection(*run.x.values()) for run in runs]
     steps = sorted(set.intersection(*there))
-    x = np.array([np.mean([run.x[step] for run in runs]) for step in steps])
+    x = {
+        axis: np.array([np.mean([run.x[axis][step] for run in runs]) for step in steps])
+        for axis in runs[0].x
+    }
     values = np.array([[run.curves[quantity][step] for step in steps] for run in runs])
     return Curve(steps, x, [values])
 
@@ -342,12 +356,13 @@ def merged(envs: list[str], curves: list[Curve]) -> Curve:
     """One setting's curves in several environments, normalised, at the steps that all of them
     have."""
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
-    x, values = [], []
+    x, values = defaultdict(list), []
     for env, curve in zip(envs, curves):
         columns = [curve.steps.index(step) for step in steps]
-        x.append(curve.x[columns])
+        for axis, at in curve.x.items():
+            x[axis].append(at[columns])
         values.append(normalised(env, curve.values[0][:, columns]))
-    return Curve(steps, np.mean(x, 0), values)
+    return Curve(steps, {axis: np.mean(at, 0) for axis, at in x.items()}, values)
 
 
 def steps_to(curve: Curve, threshold: float) -> np.ndarray:
@@ -423,25 +438,27 @@ def diagnostic_panels(runs: list[Run]) -> list[Panel]:
 
 
 def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path: Path) -> None:
-    """Writes path.png and path.svg: the panels, and below them one legend, whose title says what
-    line and band are."""
-    rows = -(-len(panels) // columns)
+    """Writes path.png and path.svg: the panels, each over the x-axes that are asked for, and below
+    them one legend, whose title says what line and band are."""
+    over = [(panel, x) for panel in panels for x in AXES_OF[args.x]]
+    columns = 2 if args.x == "both" else columns
+    rows = -(-len(over) // columns)
     size = max(4.6 * columns, 7), 3.4 * rows + 1.4
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(over) :]:
         axis.remove()
     counts, entries = defaultdict(set), {}
     theirs = [line for panel in panels for line in panel.published]
     points = {label for _, label, _, values in theirs if len(values) == 1}
-    for axis, panel in zip(axes.flat, panels):
+    for axis, (panel, x) in zip(axes.flat, over):
         for setting, curve in panel.curves.items():
             value, low, high = estimate(curve.values, args.statistic, args.interval)
-            style = styles[setting]
-            marker = "" if len(curve.x) > 1 else "o"
-            (entries[setting],) = axis.plot(curve.x, value, marker=marker, **style)
-            axis.fill_between(curve.x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            style, at = styles[setting], curve.x[x]
+            marker = "" if len(at) > 1 else "o"
+            (entries[setting],) = axis.plot(at, value, marker=marker, **style)
+            axis.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
             counts[setting] |= set(map(len, curve.values))
-        for alg, label, line, values in panel.published if args.x == "steps" else ():
+        for alg, label, line, values in panel.published if x == "steps" else ():
             if line:
                 value, *band = np.array(list(values.values())).T
                 style = {"marker": MARKERS[alg], "markevery": [-1]} if label in points else {}
@@ -449,10 +466,13 @@ def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path:
                 (entries[label],) = axis.plot(values.keys(), value, **style)
                 if band:
                     axis.fill_between(values.keys(), *band, color="0.3", alpha=0.12, linewidth=0)
-        axis.set(title=panel.title, xlabel=AXES[args.x], ylabel=panel.ylabel)
+        axis.set(title=panel.title, xlabel=AXES[x], ylabel=panel.ylabel)
         axis.set(yscale=panel.scale, xlim=(0, None))
-        if args.x != "hours":
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k
+        ends = [curve.x[x][-1] for curve in panel.curves.values()]
+        if x != "steps" and 0 < 5 * min(ends, default=0) < max(ends):
+            axis.set_xscale("log", nonpositive="mask")  # an evaluation may be at update 0
+            axis.autoscale(axis="x")
+        axis.xaxis.set_major_formatter("{x:g}" if x == "hours" else EngFormatter(sep=""))  # 100k
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     entries = {label: entries[label] for label in sorted(entries, key=natural)}
@@ -461,6 +481,10 @@ def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path:
     title = caption(args) + ", stratified by task" * any(len(curve.values) > 1 for curve in ours)
     options = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 9}
     figure.legend(entries.values(), labels, title=title, ncols=1 + (len(labels) > 6), **options)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
     figure.savefig(f"{path}.png", dpi=150)
     figure.savefig(f"{path}.svg", metadata={"Date": None})
     plt.close(figure)
@@ -550,12 +574,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm")
     text = "percent; default: 90"
     parser.add_argument("--interval", type=int, choices=[70, 90, 95], default=90, help=text)
-    text = "hours and updates: only with --runs"
-    parser.add_argument("--x", choices=AXES, default="steps", help=text)
+    text = "all but steps: only with --runs"
+    parser.add_argument("--x", choices=AXES_OF, default="steps", help=text)
     args = parser.parse_args(argv)
     if args.x != "steps" and not args.runs:
         fail(f"--x {args.x} is not available: {args.results} has only evaluations; use --runs")
-    runs = load_runs(args.runs, args.x) if args.runs else load_results(args.results)
+    runs = load_runs(args.runs, AXES_OF[args.x]) if args.runs else load_results(args.results)
     curves = curve_panels(runs, args.statistic)
     aggregates, diagnostics = aggregate_panels(curves, args.statistic), diagnostic_panels(runs)
     if not curves:
@@ -566,7 +590,8 @@ def main(argv: list[str] | None = None) -> None:
         styles[setting] = {"color": COLOURS[i % 6], "linestyle": LINES[i // 6 % 3]}
     out = args.out or args.runs or args.results
     out.mkdir(parents=True, exist_ok=True)
-    draw(curves, min(3, len(curves)), styles, args, out / "curves")
+    name = "efficiency" if args.x == "both" else "curves"
+    draw(curves, min(3, len(curves)), styles, args, out / name)
     if aggregates:
         draw(aggregates, len(aggregates), styles, args, out / "aggregate")
     if diagnostics:

@@ -154,7 +154,7 @@ def test_only_steps_of_all_seeds_are_averaged():
     runs = []
     for i, grid in enumerate(grids):
         curves = {"return": dict.fromkeys(grid, i)}
-        runs.append(plot.Run("s", "e", str(i), curves, {step: step for step in grid}))
+        runs.append(plot.Run("s", "e", str(i), curves, {"steps": {step: step for step in grid}}))
     curve = plot.common(runs, "return")
     assert curve.steps == [10_000, 20_000, 30_000] and curve.values[0].shape == (3, 3)
     assert curve.values[0].mean(0).tolist() == [1, 1, 1]
@@ -289,6 +289,37 @@ def test_runs_are_grouped_by_script_and_differing_flags(tmp_path, capsys, drawn)
     assert set(drawn) == {"curves.png", "curves.svg", "panels.png", "panels.svg"}
 
 
+def test_efficiency_is_over_updates_and_over_hours(tmp_path, drawn, monkeypatch):
+    """Here a run of 20 updates per step takes 20 times the hours too, so the axes are
+    logarithmic."""
+    tasks = {"Hopper-v4": 20, "Swimmer-v4": 2, "Walker2d-v4": 3}
+    for env, most in tasks.items():
+        for utd in (1, most):
+            write_run(tmp_path / f"{env}__crossq_sac__1__{utd}", env, 1, utd=utd)
+
+    def hours(path):
+        utd = int(path.name.split("__")[-1])
+        return {step: step / 1000 * utd for step in range(5000, 20_001, 5000)}
+
+    monkeypatch.setattr(plot, "hours", hours)
+    plot.main(["--runs", str(tmp_path), "--x", "both"])
+    assert {name for name in drawn if name.endswith("png")} == {"efficiency.png", "aggregate.png"}
+    panels = drawn["efficiency.png"].axes
+    assert [axis.get_title() for axis in panels] == [env for env in tasks for _ in range(2)]
+    assert [axis.get_subplotspec().colspan.start for axis in panels] == [0, 1] * 3
+    places = {"updates": [0, 5000, 10_000, 15_000], "hours": [5, 10, 15, 20]}
+    for i, axis in enumerate(panels):
+        x, factor = ["updates", "hours"][i % 2], tasks[axis.get_title()]
+        one, more = axis.lines
+        assert axis.get_xlabel() == plot.AXES[x]
+        assert axis.get_xscale() == ("log" if factor == 20 else "linear")
+        assert one.get_xdata().tolist() == places[x]
+        assert more.get_xdata().tolist() == [factor * place for place in places[x]]
+        assert one.get_ydata().tolist() == [510, 1010, 1510, 2010]
+    both = [axis.lines[0].get_xdata().tolist() for axis in drawn["aggregate.png"].axes]
+    assert both == list(places.values())  # of the setting that both tasks have
+
+
 def test_flags_that_depend_on_the_suite_are_compared_within_it(tmp_path, drawn):
     for env, rate in (("Hopper-v4", 1e-3), ("Walker2d-v4", 3e-4), ("Pendulum-v1", 1e-4)):
         write_run(tmp_path / f"{env}__crossq_sac__1__1", env, 1, critic_lr=rate)
@@ -416,7 +447,9 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     for arguments, message in (
         (["--results", tmp_path / "empty"], "no evaluations in"),
         (["--results", tmp_path / "empty", "--x", "hours"], "--x hours is not available"),
+        (["--results", tmp_path / "empty", "--x", "both"], "--x both is not available"),
         (["--runs", tmp_path / "runs", "--x", "hours"], "has no events of eval/return"),
+        (["--runs", tmp_path / "runs", "--x", "both"], "has no events of eval/return"),
         (["--runs", tmp_path / "named"], "of which script?"),
     ):
         with pytest.raises(SystemExit) as error:
