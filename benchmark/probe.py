@@ -35,16 +35,17 @@ def q_bias(script, agent, env, step):
     2021), the last 65 % of an episode cut by a time limit are left out: the returns that follow are
     cut too.
     """
+    reset_seed = part_of(script.Agent, "reset_seed")
     agent.actor.eval()
     agent.critic.eval()
     args, device = agent.args, next(agent.parameters()).device
     soft = hasattr(agent, "log_alpha")
     alpha = agent.alpha().item() if soft else 0.0
-    rng = torch.Generator(device).manual_seed(script.reset_seed(args.seed, step, -1 % 2**32))
+    rng = torch.Generator(device).manual_seed(reset_seed(args.seed, step, -1 % 2**32))
     all_q, all_g, episode = [], [], 0
     with torch.no_grad():
         while sum(map(len, all_g)) < PAIRS:
-            obs, _ = env.reset(seed=script.reset_seed(args.seed, step, 1_000_000 + episode))
+            obs, _ = env.reset(seed=reset_seed(args.seed, step, 1_000_000 + episode))
             q, rewards, log_probs, over, episode = [], [], [], False, episode + 1
             while not over:
                 obs = torch.from_numpy(obs).to(device)[None]
@@ -107,11 +108,17 @@ def load(path):
     return script
 
 
+def part_of(Agent, name):
+    """A program's evaluate, say: that of the first file along its Agent's classes."""
+    modules = [sys.modules[cls.__module__] for cls in Agent.__mro__]
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
 def probed(script):
     """The script's `evaluate`, which measures as well."""
 
     def evaluate(agent, env, step, run_dir):
-        rows = script.evaluate(agent, env, step, run_dir)
+        rows = part_of(script.Agent, "evaluate")(agent, env, step, run_dir)
         values = q_bias(script, agent, env, step) | layers(agent)
         with open(run_dir / "probe.csv", "a", newline="") as file:
             csv.writer(file).writerows((step, key, float(value)) for key, value in values.items())

@@ -136,12 +136,6 @@ def main_of(run, own_program):
     return functools.partial(program.main, **parts)
 
 
-def part_of(agent, name):
-    """The program's make_env or evaluate: that of the first file along its Agent's classes."""
-    modules = [sys.modules[cls.__module__] for cls in type(agent).__mro__]
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
-
-
 def seconds_per_step(env):
     """dt comes first: MuJoCo's render_fps is rounded, and DeepMind Control's is wrong."""
     dt, fps = getattr(env.unwrapped, "dt", None), env.unwrapped.metadata.get("render_fps")
@@ -163,7 +157,7 @@ def watching(options):
         if options.seed is not None:
             args.seed = options.seed
         limit = {"max_episode_steps": options.max_steps} if options.max_steps else {}
-        env = part_of(agent, "make_env")(args, render_mode=mode, **limit)
+        env = probe.part_of(type(agent), "make_env")(args, render_mode=mode, **limit)
         writers = {}
         if options.mp4:
             how = {"format": "FFMPEG", "fps": 1 / (n * seconds), "macro_block_size": 2}
@@ -172,7 +166,7 @@ def watching(options):
             writers[options.gif] = GifWriter(options.gif, n * seconds)
         env = Camera(env, n, options.width, writers.values()) if writers else Window(env, seconds)
         with contextlib.closing(env):
-            rows = part_of(agent, "evaluate")(agent, env, step, run_dir)
+            rows = probe.part_of(type(agent), "evaluate")(agent, env, step, run_dir)
         for _, episode, total, length, success in rows:
             success = "" if success == "" else f", success {success}"
             print(f"episode {episode}: return {total:.1f}, {length} steps{success}")
