@@ -27,8 +27,8 @@ from scipy.ndimage import gaussian_filter
 
 ROWS = 500  # transitions per measurement
 BINS = 50  # of a density, from -1 to 1, in either dimension
-SMOOTHING = 2.5  # standard deviation in bins
-LEVELS = np.array([0.1, 0.3, 0.5, 0.7, 0.9, 1.0])  # of a density's maximum
+SMOOTHING = 4  # standard deviation in bins
+LEVELS = np.array([0.15, 0.4, 0.65, 0.9, 1.0])  # of a density's maximum
 
 
 def fail(*message):
@@ -96,7 +96,7 @@ def density(actions):
 
 def draw(title, samples, dims, path):
     """Writes path.png and path.svg. `samples` is {step: {"replay": [N, A], "policy": [N, A]}}."""
-    size = max(3.0 * len(samples), 4), 4.2
+    size = max(2.6 * len(samples), 4), 3.6
     options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(1, len(samples), figsize=size, **options)
     centres = (np.arange(BINS) + 0.5) * 2 / BINS - 1
@@ -104,7 +104,7 @@ def draw(title, samples, dims, path):
         for name, colour in zip(("replay", "policy"), COLOURS):
             actions = actions_of[name][:, dims]
             height = density(actions)
-            fills = [(colour, 0.6 * level) for level in LEVELS[1:]]
+            fills = [(colour, 0.6 * level) for level in LEVELS[:-1]]
             axis.contourf(centres, centres, height.T, LEVELS * height.max(), colors=fills)
             axis.plot(*ellipse(actions), color=colour, label=name)
             axis.plot(*actions.mean(0), "o", color=colour, markeredgecolor="white")

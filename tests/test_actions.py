@@ -123,12 +123,12 @@ def test_ellipse_and_density():
 
 
 def write_samples(run, steps, dims=3):
-    """At step s, replay actions lie around -s / 1000, those of the policy around +s / 1000."""
+    """At step s, replay actions lie around -s / 2000, those of the policy around +s / 2000."""
     (run / "actions").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for step in steps:
         spread = 0.1 * rng.standard_normal((actions.ROWS, dims)) + np.arange(dims) / 10
-        sample = {"replay": spread - step / 1000, "policy": spread + step / 1000}
+        sample = {"replay": spread - step / 2000, "policy": spread + step / 2000}
         np.savez(run / "actions" / f"{step}.npz", **sample)
 
 
@@ -155,7 +155,7 @@ def test_a_panel_per_step_has_both_means(tmp_path, drawn, arguments, steps, dims
         colours = [line.get_color() for line in axis.lines]
         assert colours == [actions.COLOURS[i] for i in (0, 0, 1, 1)]
         for sign, outline, mean, contours in zip((-1, 1), outlines, means, axis.collections):
-            expected = sign * step / 1000 + np.array(dims) / 10
+            expected = sign * step / 2000 + np.array(dims) / 10
             assert np.allclose(np.ravel(mean.get_data()), expected, atol=0.02)
             corners = np.array(outline.get_data())
             assert np.allclose((corners.max(1) + corners.min(1)) / 2, expected, atol=0.02)

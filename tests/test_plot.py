@@ -317,7 +317,7 @@ def test_efficiency_is_over_updates_and_over_hours(tmp_path, drawn, monkeypatch)
         assert more.get_xdata().tolist() == [factor * place for place in places[x]]
         assert one.get_ydata().tolist() == [510, 1010, 1510, 2010]
     both = [axis.lines[0].get_xdata().tolist() for axis in drawn["aggregate.png"].axes]
-    assert both == list(places.values())  # of the setting that both tasks have
+    assert both == list(places.values())  # of the setting that both MuJoCo tasks have
 
 
 def test_flags_that_depend_on_the_suite_are_compared_within_it(tmp_path, drawn):

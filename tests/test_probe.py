@@ -19,6 +19,7 @@ import crossq_sac  # noqa: E402
 
 FLAGS = "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16"
 FLAGS += " --learning-starts 20 --eval-every 30 --eval-episodes 1 --device cpu"
+SCRIPTS = ["sac_baseline", "crossq_td3", "crossq_wn_highutd", "benchmark/algorithms/redq"]
 
 
 def test_soft_returns_by_hand():
@@ -121,14 +122,14 @@ def test_a_run_goes_on_with_and_without_the_probe(tmp_path, monkeypatch, capsys)
     assert (100, "q_bias/mean") in rows and (100, "critic/0/grad_norm") not in rows  # no update
 
 
-@pytest.mark.parametrize("script", ["sac_baseline", "crossq_td3", "crossq_wn_highutd"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_probe_takes_every_script(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     arguments = f"{FLAGS} --total-timesteps 30".split()
     assert probe.main([f"{script}.py", *arguments]) == 0  # named as the script would
     assert probe.main([f"{script}.py", *arguments, "--run-name=a/b"]) == 0
     names = {re.sub(r"\d{10}", "TIME", path.name) for path in Path("runs").iterdir()}
-    assert names == {f"tiny_envs_Terminated-v0__{script}__1__TIME", "a_b"}
+    assert names == {f"tiny_envs_Terminated-v0__{Path(script).stem}__1__TIME", "a_b"}
     rows = read(Path("runs/a_b"))
     assert math.isfinite(rows[30, "q_bias/mean"]) and rows[30, "critic/2/weight_norm"] > 0
     assert ((30, "critic/1/r_min") in rows) == (script == "crossq_td3")
