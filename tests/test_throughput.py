@@ -175,7 +175,7 @@ def train(tmp_path, monkeypatch, name, **job):
     )
     job |= {"contender": name, "env_id": "InvertedPendulum-v4", "device": "cpu", "seed": 0}
     job |= {"learning_starts": 9, "width": 8, "index": 0, "processes": 1}
-    job |= {"utd": throughput.utd_of(name), "seconds": 600, "to_update": 7}
+    job |= {"utd": throughput.utd_of(name), "seconds": 20, "to_update": 7}
     clock = throughput.Clock(job)
     with pytest.raises(throughput.Measured):
         throughput.train_ours(job, clock)
