@@ -1,7 +1,7 @@
 """Speed, start-up time and memory of our scripts and of their peers, and how far ours are from the
 machine's limit.
 
-    python benchmark/throughput.py                                           # everything: hours
+    python benchmark/throughput.py                              # our scripts and all peers: hours
     python benchmark/throughput.py --only crossq_sac sbx-crossq --widths 256 --threads 1
     python benchmark/throughput.py --table2 --threads 2 --start-updates 0    # the paper's table 2
 
