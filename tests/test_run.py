@@ -220,16 +220,13 @@ def wait_for(condition, timeout=300):
         time.sleep(0.01)
 
 
-def test_resume_after_sigkill_at_random_moments(main, tmp_path):
-    """Real processes, killed again and again: the last one ends like a run that never stopped."""
-    arguments = [*TINY, "--total-timesteps", 300, "--eval-every", 100]
-    assert main(*arguments, "--run-name", "whole") == 0
-    run, kills, clock = tmp_path / "runs/killed", 0, random.Random(0)
-    arguments += ["--run-name", "killed"]
-    for target in (50, 130):
-        process = subprocess.Popen(
-            command("crossq_sac.py", *arguments), cwd=tmp_path, env=environment()
-        )
+def kill_at_random(script, arguments, folder, targets):
+    """For each target a real process, killed a random time after its checkpoint holds that step;
+    the first begins folder/runs/killed, the others resume it. Returns how many were still alive."""
+    run, kills, clock = folder / "runs/killed", 0, random.Random(0)
+    arguments = [*arguments, "--run-name", "killed"]
+    for target in targets:
+        process = subprocess.Popen(command(script, *arguments), cwd=folder, env=environment())
         wait_for(
             lambda target=target: (
                 (run / "checkpoint.pt").exists() and load(run)["run"]["step"] >= target
@@ -240,7 +237,15 @@ def test_resume_after_sigkill_at_random_moments(main, tmp_path):
         process.kill()
         process.wait()
         arguments = ["--resume", "runs/killed"]
-    assert main(*arguments) == 0 and kills
+    return kills
+
+
+def test_resume_after_sigkill_at_random_moments(main, tmp_path):
+    """Real processes, killed again and again: the last one ends like a run that never stopped."""
+    arguments = [*TINY, "--total-timesteps", 300, "--eval-every", 100]
+    assert main(*arguments, "--run-name", "whole") == 0
+    assert kill_at_random("crossq_sac.py", arguments, tmp_path, (50, 130))
+    assert main("--resume", "runs/killed") == 0
     assert_identical("runs/whole", "runs/killed")
 
 
