@@ -71,7 +71,8 @@ PROGRAMS = {
     "td3": Program(crossq_td3, hidden=("brn_warmup",)),
     "sr_sac": Program(sac_baseline, short="--reset-every 150", few="--reset-every 12"),
 }
-redq, droq, td3, sr_sac = map(importlib.import_module, PROGRAMS)
+redq, droq, td3, sr_sac = map(importlib.import_module, ("redq", "droq", "td3", "sr_sac"))
+LONG = ["--total-timesteps", 400, "--eval-every", 200]  # more flags of the runs that are killed
 
 
 @pytest.fixture
@@ -94,7 +95,6 @@ def program(request, tmp_path, monkeypatch):
     return run
 
 
-LONG = ["--total-timesteps", 400, "--eval-every", 200]
 every_program = pytest.mark.parametrize("program", PROGRAMS, indirect=True)
 
 
@@ -138,7 +138,7 @@ def fill(net, outputs):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-        net.biases[2].copy_(torch.tensor(outputs).view_as(net.biases[2]))
+        net.biases[2].copy_(torch.tensor(outputs, dtype=torch.float64).view_as(net.biases[2]))
 
 
 # ------------------------------------------------------------------------------------ every program
