@@ -58,11 +58,11 @@ def measured(script):
     ReplayBuffer, which is kept for that."""
     buffers = []
 
-    def make_buffer(capacity, obs_dim, action_dim, device):
+    def make_buffer(obs_dim, action_dim, args, device):
         if action_dim < 2:
             fail("the figure needs actions of two dimensions, here there is one")
         make = probe.part_of(script.Agent, "ReplayBuffer")
-        buffers.append(make(capacity, obs_dim, action_dim, device))
+        buffers.append(make(obs_dim, action_dim, args, device))
         return buffers[0]
 
     def evaluate(agent, env, step, run_dir):

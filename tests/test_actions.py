@@ -33,7 +33,7 @@ def filled(program, n=100):
     """An agent of the program, and a buffer whose action and observation tell the row."""
     torch.manual_seed(0)
     args = program.Args(critic_width=16, actor_width=16)
-    buffer = program.ReplayBuffer(n, 3, 2, "cpu")
+    buffer = program.ReplayBuffer(3, 2, program.Args(buffer_size=n), "cpu")
     for i in range(n):
         obs = np.full(3, 4 * i / n - 2)
         buffer.add(obs, obs[:2] / 4, 0.0, False, obs + 5)
