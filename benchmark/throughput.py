@@ -448,7 +448,7 @@ def table2(rows: list[dict]) -> str:
         sac = speeds.get((setting, *TABLE2[0][1:3]), {})
         ratios = [sac[number] / mine[number] for number in mine if number in sac]
         if ratios:
-            measured = spread(list(mine.values()), 1), spread(ratios, 2)
+            measured = spread(list(mine.values()), 2), spread(ratios, 2)
             cells = label + COMPILED[setting[2]], width, utd_of(name), threads[setting], *measured
             lines.append(f"| {' | '.join(map(str, cells))} | {paper} |")
     return "\n".join(lines)

@@ -156,10 +156,10 @@ def test_table2():
     rows += [rows[0] | {"kind": "limit", "compile": "", "steps_per_s": 1000.0}]
     lines = throughput.table2(rows).splitlines()
     assert lines[2:] == [
-        "| SAC, compiled | 256 | 1 | 2 | 80.0 (50.0 to 100.0) | 1.00 (1.00 to 1.00) | 1 |",
-        "| CrossQ, compiled | 2048 | 1 | 2 | 50.0 (40.0 to 100.0) | 1.00 (1.00 to 2.00) | 1.2 to 1.9 |",
-        "| REDQ, compiled | 256 | 20 | 2 | 16.0 (12.5 to 20.0) | 5.00 (4.00 to 5.00) | 4 to 6 |",
-        "| SAC, compiled | 256 | 1 | 3 | 1.0 (1.0 to 1.0) | 1.00 (1.00 to 1.00) | 1 |",
+        "| SAC, compiled | 256 | 1 | 2 | 80.00 (50.00 to 100.00) | 1.00 (1.00 to 1.00) | 1 |",
+        "| CrossQ, compiled | 2048 | 1 | 2 | 50.00 (40.00 to 100.00) | 1.00 (1.00 to 2.00) | 1.2 to 1.9 |",
+        "| REDQ, compiled | 256 | 20 | 2 | 16.00 (12.50 to 20.00) | 5.00 (4.00 to 5.00) | 4 to 6 |",
+        "| SAC, compiled | 256 | 1 | 3 | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 1 |",
     ]
 
 
