@@ -112,7 +112,8 @@ def draw(title, samples, dims, path):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel(f"action[{dims[1]}]")
-    title = f"{title}: density, mean and two standard deviations"
+    figure.suptitle(title, fontsize=9)
+    title = "density, mean and two standard deviations"
     options = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 9}
     figure.legend(*axes[0, 0].get_legend_handles_labels(), title=title, ncols=2, **options)
     save(figure, path)
