@@ -138,6 +138,8 @@ def main(argv=None):
             script = probe.load(argv[0])
         except FileNotFoundError as error:
             fail(error)
+        if Path(argv[0]).stem == "crossq_discrete":
+            fail(argv[0], "has no continuous actions")
         return script.main(argv[1:], **measured(script))
     options = parse(argv)
     files = {int(path.stem): path for path in options.run.glob("actions/*.npz")}

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 PAIRS = 1000  # state-action pairs at least
+UNMEASURED = {"crossq_discrete": "has no continuous actions", "xqc": "has the Q of scaled rewards"}
 
 
 def q_bias(script, agent, env, step):
@@ -82,7 +83,8 @@ def layers(agent):
     out = {}
     for net in ("critic", "actor"):
         mlp = getattr(agent, net)
-        for k, parameters in enumerate(zip(mlp.weights, mlp.biases)):
+        dense = zip(getattr(mlp, "weights", ()), getattr(mlp, "biases", ()))  # BRO's are others
+        for k, parameters in enumerate(dense):
             if parameters[0].grad is not None:
                 w = torch.nn.utils.get_total_norm([p.detach() for p in parameters]).item()
                 g = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
@@ -133,6 +135,9 @@ def main(argv):
     if not argv or not argv[0].endswith(".py"):
         wanted = "the first argument must be a script, not"
         print(f"probe.py: error: {wanted} {argv[:1]}\n{__doc__}", file=sys.stderr)
+        return 2
+    if why := UNMEASURED.get(Path(argv[0]).stem):
+        print(f"probe.py: error: {argv[0]} {why}, so its bias is not measured", file=sys.stderr)
         return 2
     script = load(argv[0])
     return script.main(argv[1:], evaluate=probed(script))

@@ -151,3 +151,25 @@ def test_the_first_argument_is_a_script(capsys):
     assert probe.main([]) == 2
     assert probe.main(["--env-id", "Hopper-v4"]) == 2
     assert "the first argument must be a script, not ['--env-id']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, message", [
+    ("crossq_discrete", "has no continuous actions"),
+    ("xqc", "has the Q of scaled rewards"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, capsys, program, message):
+    monkeypatch.chdir(tmp_path)
+    assert probe.main([f"{ROOT}/benchmark/algorithms/{program}.py"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_bro_has_a_bias_and_no_norms(tmp_path, monkeypatch):
+    """Its Q is the mean over critics and quantiles; its layers are others than the scripts'."""
+    monkeypatch.chdir(tmp_path)
+    tiny = "--env-id tiny_envs:Terminated-v0 --critic-width 16 --actor-width 16 --batch-size 16"
+    tiny += " --learning-starts 20 --total-timesteps 30 --eval-every 30 --eval-episodes 1"
+    tiny += " --device cpu --compile off --run-name bro"
+    assert probe.main([f"{ROOT}/benchmark/algorithms/bro.py", *tiny.split()]) == 0
+    rows = [line.split(",")[1] for line in Path("runs/bro/probe.csv").read_text().splitlines()]
+    assert rows == ["q_bias/mean", "q_bias/std"]
