@@ -10,12 +10,15 @@ which is named as the script's own and which the script may resume. An evaluatio
 runs/NAME/actions/STEP.npz: `replay` are the actions of 500 transitions drawn from the buffer,
 `policy` are those of the current policy at the same observations, both [500, actions]. A stochastic
 policy is sampled, as it is for the (s', a') of the critic's target. TD3's actions have no noise.
+`training` are the policy's once more, with the same noise, but with the actor in training mode, in
+which it is updated. How far they are from `policy`, in which it acts, is printed.
 
 The figure, actions.png and actions.svg, has a panel per step. It shows how far the two halves of
 CrossQ's joint pass are apart, and so why each would have other batch statistics.
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -41,16 +44,21 @@ def fail(*message):
 
 @torch.no_grad()
 def sample(agent, buffer, step):
-    """Actions [ROWS, A] of the buffer and of the policy, at the same observations."""
+    """Actions [ROWS, A] of the buffer and of the policy, at the same observations. In training mode
+    batch norm takes the statistics of these rows."""
     rng = torch.Generator(buffer.rows.device).manual_seed(step)  # the run's own stays as it is
     obs, replay, *_ = buffer.sample(ROWS, rng)
+    noise = torch.randn(replay.shape, generator=rng, device=rng.device)
+    soft, saved = hasattr(agent, "log_alpha"), copy.deepcopy(agent.actor.state_dict())
+    agent.actor.train()
+    training = agent.policy(obs, noise)[0] if soft else agent.policy(obs)
+    agent.actor.load_state_dict(saved)  # that forward moved the running statistics
     agent.actor.eval()
-    if hasattr(agent, "log_alpha"):
-        noise = torch.randn(replay.shape, generator=rng, device=rng.device)
-        policy, _ = agent.policy(obs, noise)
-    else:
-        policy = agent.policy(obs)
-    return {"replay": replay.cpu().numpy(), "policy": policy.cpu().numpy()}
+    policy = agent.policy(obs, noise)[0] if soft else agent.policy(obs)
+    gap = (training - policy).abs().mean().item()
+    print(f"step {step}: actions in training and in evaluation mode differ by {gap:.3f} on average")
+    actions = {"replay": replay, "policy": policy, "training": training}
+    return {name: x.cpu().numpy() for name, x in actions.items()}
 
 
 def measured(script):
@@ -59,8 +67,6 @@ def measured(script):
     buffers = []
 
     def make_buffer(obs_dim, action_dim, args, device):
-        if action_dim < 2:
-            fail("the figure needs actions of two dimensions, here there is one")
         make = probe.part_of(script.Agent, "ReplayBuffer")
         buffers.append(make(obs_dim, action_dim, args, device))
         return buffers[0]
@@ -152,6 +158,8 @@ def main(argv=None):
         fail(f"--at {min(unknown)}: not measured, but {' '.join(map(str, steps))}")
     samples = {step: np.load(files[step]) for step in at}
     last = samples[at[0]]["replay"].shape[1] - 1
+    if last == 0:
+        fail("the figure needs actions of two dimensions, here there is one")
     if not 0 <= min(options.dims) < max(options.dims) <= last:
         fail("--dims must be two different ones from 0 to", last)
     out = options.out or options.run

@@ -1,5 +1,6 @@
 """benchmark/actions.py: what it stores of a run, that the run stays the same, and its figure."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_the_policy_acts_at_the_observations_of_the_replayed_rows(program):
     if stochastic:
         agent.actor.biases[2].data[:, 2:] = -4.0  # of the log std
     agent.train()
-    before = torch.get_rng_state()
+    before, state = torch.get_rng_state(), copy.deepcopy(agent.actor.state_dict())
     sample = actions.sample(agent, buffer, step=1)
     replay, policy = sample["replay"], sample["policy"]
     assert torch.equal(torch.get_rng_state(), before)
@@ -60,6 +61,13 @@ def test_the_policy_acts_at_the_observations_of_the_replayed_rows(program):
     assert greedy.std(0).max() > 0.1
     difference = policy - greedy
     assert abs(difference).max() < (0.2 if stochastic else 1e-6)
+    twin = copy.deepcopy(agent)
+    twin.actor.train()
+    if not stochastic:
+        trained = twin.policy(torch.from_numpy(obs)).detach().numpy()
+        assert abs(sample["training"] - trained).max() < 1e-6
+    assert abs(sample["training"] - policy).mean() > 0.01
+    assert same(agent.actor.state_dict(), state)
     again, other = (actions.sample(agent, buffer, step)["policy"] for step in (1, 2))
     assert np.array_equal(again, policy) and not np.array_equal(other, policy)
     if stochastic:
@@ -124,6 +132,10 @@ def test_ellipse_and_density():
     assert actions.density(equal).sum() == pytest.approx(10)
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def write_samples(run, steps, dims=3):
     """At step s, replay actions lie around -s / 2000, those of the policy around +s / 2000."""
     (run / "actions").mkdir(parents=True)
@@ -176,6 +188,7 @@ def test_the_figure_is_a_whole_file_and_leaves_the_run_alone(tmp_path):
 def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_samples(tmp_path / "run", [100, 200])
+    write_samples(tmp_path / "flat", [100], dims=1)
     assert crossq_sac.main(f"{FLAGS} --total-timesteps 50 --run-name plain".split()) == 0
     capsys.readouterr()
     for arguments, message in (
@@ -184,14 +197,10 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
         ("run --dims 0 3", "--dims must be two different ones from 0 to 2"),
         ("run --dims 1 1", "--dims must be two different ones"),
         ("crossq_sac.py --evaluate runs/plain", "--evaluate has no replay buffer"),
-        (
-            "crossq_sac.py --env-id Pendulum-v1 --run-name p --total-timesteps 9",
-            "needs actions of two dimensions",
-        ),
+        ("flat", "needs actions of two dimensions"),
         ("none.py", "none.py"),
     ):
         with pytest.raises(SystemExit) as error:
             actions.main(arguments.split())
         err = capsys.readouterr().err
         assert error.value.code == 2 and message in err and err.count("\n") == 1
-    assert not Path("runs/p").exists()

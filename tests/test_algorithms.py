@@ -50,7 +50,9 @@ from test_variants import (
     sample,
 )
 
+import crossq_sac
 import crossq_td3
+import crossq_wn_highutd
 import sac_baseline
 
 FOLDER = "benchmark/algorithms"
@@ -70,6 +72,14 @@ PROGRAMS = {
     "droq": Program(sac_baseline, few="--dropout 0.2"),
     "td3": Program(crossq_td3, hidden=("brn_warmup",)),
     "sr_sac": Program(sac_baseline, short="--reset-every 150", few="--reset-every 12"),
+    "bro": Program(sac_baseline, short="--n-quantiles 7", few="--weight-decay 0.1 --dual-lr 0.1"),
+    "xqc": Program(crossq_wn_highutd, hidden=("weight_decay",)),
+    "crossq_discrete": Program(
+        crossq_sac,
+        short="--env-id tiny_envs:Discrete-v0",
+        few="--brn-warmup 3",
+        mujoco="CartPole-v1",
+    ),
 }
 redq, droq, td3, sr_sac = map(importlib.import_module, ("redq", "droq", "td3", "sr_sac"))
 LONG = ["--total-timesteps", 400, "--eval-every", 200]  # more flags of the runs that are killed
@@ -154,12 +164,29 @@ DEFAULTS = {
     "td3": COMMON | SLOW | {"policy_delay": 2, "exploration_noise": 0.1, "target_noise": 0.2, "target_noise_clip": 0.5},
     "sr_sac": SAC | SLOW | {"alpha_lr": 3e-4, "utd": 32, "learning_starts": 10_000, "entropy_factor": 0.5,
                             "reset_every": 2_560_000},
+    "bro": SAC | SLOW | {"alpha_lr": 3e-4, "dual_lr": 3e-5, "weight_decay": 1e-4, "critic_width": 512, "n_quantiles": 100,
+                         "utd": 10, "batch_size": 128, "learning_starts": 2500, "entropy_factor": 0.5, "fast": False},
+    "xqc": SAC | SLOW | {"alpha_lr": 3e-4, "lr_end": 0.1, "critic_width": 512, "utd": 2, "policy_delay": 3,
+                         "gamma": 0.995, "alpha": 0.01, "entropy_factor": 0.5},
+    "crossq_discrete": SAC | {"adam_beta1": 0.5, "policy_delay": 3, "brn_warmup": 100_000, "learning_starts": 1000,
+                              "entropy_factor": 0.6},
 }  # fmt: skip
+del DEFAULTS["xqc"]["adam_beta1"], DEFAULTS["crossq_discrete"]["tau"]
 DMC_LR = {"critic_lr": 8e-4, "actor_lr": 8e-4, "alpha_lr": 8e-4}
 SUITES = {
     "Hopper-v4": {},
-    "dm_control/walker-walk-v0": {"all": {"action_repeat": 2}, "redq": DMC_LR, "droq": DMC_LR},
-    "myoHandReachRandom-v0": {"all": {"action_repeat": 2, "gamma": 0.95}},
+    "dm_control/walker-walk-v0": {
+        "all": {"action_repeat": 2},
+        "redq": DMC_LR,
+        "droq": DMC_LR,
+        "bro": {"action_repeat": 1},
+        "xqc": {"gamma": 0.99},
+        "crossq_discrete": DMC_LR | {"policy_delay": 1},
+    },
+    "myoHandReachRandom-v0": {
+        "all": {"action_repeat": 2, "gamma": 0.95},
+        "bro": {"action_repeat": 1, "gamma": 0.99},
+    },
 }
 
 
@@ -220,8 +247,9 @@ def test_command_lines_of_the_docstring(program):
     for python, file, *arguments in found:
         assert (python, file) == ("python", program.file) and (ROOT / file).exists()
         args = vars(program.parse(*arguments))
-        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        default = vars(program.parse("--env-id", given["--env-id"]))
+        pairs = zip(arguments, [*arguments[1:], "--"])
+        given = {name: value for name, value in pairs if name.startswith("--")}
+        default = vars(program.parse("--env-id", given.get("--env-id", "Walker2d-v4")))
         for name, value in given.items():
             field = name.removeprefix("--").replace("-", "_")
             assert args[field] == type(args[field])(value)
@@ -252,7 +280,7 @@ def test_every_flag_changes_the_networks(program):
     assert program(*arguments, "--run-name", "plain") == 0
     plain, args = load("runs/plain")["agent"], load("runs/plain")["args"]
     networks = [name for name in plain if name.startswith(("critic.", "actor."))]
-    for name in args.keys() - program.hidden - {"matmul_precision"}:
+    for name in args.keys() - program.hidden - {"matmul_precision", "fast"}:  # fast: test_bro.py
         assert program(*arguments, *another(name, args[name]), "--run-name", name) == 0
         changed = load(f"runs/{name}")["agent"]
         assert any(not torch.equal(plain[key], changed[key]) for key in networks), name
@@ -329,6 +357,9 @@ WRONG = {
     "droq": ["--dropout 1", "--dropout -0.1"],
     "td3": ["--tau 1.5", "--tau -1"],
     "sr_sac": ["--reset-every 0", "--entropy-factor -1"],
+    "bro": ["--n-quantiles 0", "--dual-lr -1"],
+    "xqc": ["--lr-end 1.5", "--lr-end -1"],
+    "crossq_discrete": ["--entropy-factor 1.5"],
 }
 
 

@@ -1,9 +1,9 @@
 """BRO: bigger, regularised, optimistic (Nauman et al., NeurIPS 2024, arXiv 2405.16158).
 
-Bigger: residual critics with layer norm, 512 wide, that predict 100 quantiles of the return and are
-updated ten times per step. Regularised: layer norm, weight decay, and full resets of all networks.
-Optimistic: the critics' mean in place of their minimum as target; and a second actor explores,
-which shifts the first one's mean to where an upper bound of Q is high, but not far away from it.
+Bigger: the critics are residual networks, 512 wide, that predict 100 quantiles of the return and
+are updated ten times per step. Regularised: layer norm, weight decay, and resets of all networks.
+Optimistic: the target is the critics' mean, not their minimum, and a second actor explores. It
+shifts the first one's mean to where an upper bound of Q is high, but not far away.
 
     python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0
     python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0 --fast  # BRO (Fast)

@@ -1,15 +1,13 @@
 """DroQ: dropout Q-functions (Hiraoka et al., ICLR 2022, arXiv 2110.02034).
 
-REDQ's twenty updates per step with two critics in place of ten: dropout and layer norm in the
-critics do the ensemble's work. Dropout is on in every forward of a critic, in the target's and the
-actor's too, each with a mask of its own. The target is the minimum over the two critics, the actor
-maximises their mean.
+REDQ's twenty updates per step with two critics in place of ten: dropout and layer norm do the
+ensemble's work. Dropout is on in every forward of a critic, for the target and the actor too, each
+time with other masks. The target is the minimum over the two critics; the actor maximises their
+mean.
 
-    python benchmark/algorithms/droq.py --env-id Hopper-v4              # as in CrossQ's paper
-    python benchmark/algorithms/droq.py --env-id Hopper-v4 --critic-lr 3e-4 --actor-lr 3e-4 \\
-        --alpha-lr 3e-4                                                 # as in DroQ's own paper
-    python benchmark/algorithms/droq.py --env-id Hopper-v4 --critic-width 2048 --adam-beta1 0.5 \\
-                                                                        # CrossQ, figure 15
+    python benchmark/algorithms/droq.py --env-id Hopper-v4                 # as in CrossQ's paper
+    python benchmark/algorithms/droq.py --critic-lr 3e-4 --actor-lr 3e-4 --alpha-lr 3e-4  # its own
+    python benchmark/algorithms/droq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 15
 
 All flags, files and errors are those of sac_baseline.py.
 """

@@ -1,15 +1,12 @@
 """REDQ: randomised ensembled double Q-learning (Chen et al., ICLR 2021, arXiv 2101.05982).
 
-What it adds to SAC: an ensemble of ten critics and twenty updates per step. So many updates on the
-same data would make two critics over-estimate; here each target is the minimum over two critics
-drawn at random, and the actor maximises the mean over all of them. It was the most sample-efficient
-algorithm when CrossQ was compared with it.
+What it adds to SAC: ten critics, and twenty updates per step. Two critics would over-estimate after
+so many updates on the same data. Here each target is the minimum over two critics drawn at random,
+and the actor maximises the mean over all ten.
 
-    python benchmark/algorithms/redq.py --env-id Hopper-v4              # as in CrossQ's paper
-    python benchmark/algorithms/redq.py --env-id Hopper-v4 --critic-lr 3e-4 --actor-lr 3e-4 \\
-        --alpha-lr 3e-4                                                 # as in REDQ's own paper
-    python benchmark/algorithms/redq.py --env-id Hopper-v4 --critic-width 2048 --adam-beta1 0.5 \\
-                                                                        # CrossQ, figure 14
+    python benchmark/algorithms/redq.py --env-id Hopper-v4                 # as in CrossQ's paper
+    python benchmark/algorithms/redq.py --critic-lr 3e-4 --actor-lr 3e-4 --alpha-lr 3e-4  # its own
+    python benchmark/algorithms/redq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 14
 
 All flags, files and errors are those of sac_baseline.py.
 """

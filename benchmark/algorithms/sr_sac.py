@@ -1,17 +1,17 @@
 """SR-SAC: scaled-by-resetting SAC (D'Oro et al., ICLR 2023, OpenReview OpC-9aBBVJe).
 
-SAC with 32 updates per step. A network that is trained so much on little data loses the ability to
-learn from what comes later. So after every 2.56 million updates, which are 80 000 agent steps,
-actor, critics, target, temperature and optimisers begin anew; the replay buffer stays. The fresh
-policy acts at once.
+SAC with 32 updates per step. A network that is trained so much on little data learns less from what
+comes later. So after every 2.56 million updates, which are 80 000 agent steps, actor, critics,
+target, temperature and optimisers begin anew, while the replay buffer stays. The fresh policy acts
+at once.
 
-    python benchmark/algorithms/sr_sac.py --env-id dm_control/cheetah-run-v0  # CrossQ + WN's paper
-    python benchmark/algorithms/sr_sac.py --env-id dm_control/cheetah-run-v0 --action-repeat 1 \\
-                                                                              # SR-SAC's own paper
+    python benchmark/algorithms/sr_sac.py --env-id dm_control/cheetah-run-v0
     python benchmark/algorithms/sr_sac.py --env-id dm_control/cheetah-run-v0 --utd 8
+    python benchmark/algorithms/sr_sac.py --env-id dm_control/cheetah-run-v0 --action-repeat 1
 
-The authors' code resets to the very same initial weights, and at the next evaluation; here the new
-weights are new, and the reset comes when it is due. All flags, files and errors are those of
+The settings are those of CrossQ + WN's paper; the last command is SR-SAC's own, without action
+repeat. The authors' code resets at the next evaluation, and to the very same initial weights. Here
+the reset comes when it is due, and the weights are new. All flags, files and errors are those of
 sac_baseline.py.
 """
 
