@@ -86,6 +86,8 @@ def stop_half_way(folder, number, command):
     wait at the gate. It must leave no process behind."""
     (folder / "open").unlink()
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # A test run in the background of a script inherits SIGINT ignored, which no shell can trap.
+    pipe["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=folder, env=environ(), start_new_session=True, **pipe)
     wait_for(lambda: len([*folder.glob("waiting-*")]) == 2, "two runs are in their middle")
     for _ in range(2):  # an impatient Ctrl-C, or `timeout`: both signal the group

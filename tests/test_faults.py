@@ -159,7 +159,8 @@ def test_checkpoints_of_others_are_refused_by_name(main, capsys):  # noqa: F811
     saved = load("runs/a")
     for changes, named in (
         ({"program": "crossq_td3"}, "a run of crossq_td3, not of crossq_sac"),
-        ({"program": None}, "an earlier version"),
+        ({"buffer": None}, "an earlier version"),
+        ({"buffer": None, "program": None}, "an earlier version"),
         ({"args": saved["args"] | {"novel_flag": 1}}, "novel_flag"),
     ):
         checkpoint = {k: v for k, v in (saved | changes).items() if v is not None}
