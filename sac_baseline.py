@@ -82,8 +82,8 @@ class Args:
 
     MAY_BE_ZERO = {"seed", "alpha_lr", "adam_beta1", "tau", "learning_starts", "gamma"}
     AT_MOST = {"adam_beta1": 0.999, "gamma": 1, "tau": 1}
-    MAY_CHANGE = {"total_timesteps", "eval_every", "eval_episodes", "checkpoint_every"}  # a resume
-    MAY_CHANGE |= {"device", "compile", "track", "resume", "evaluate"}
+    MAY_CHANGE = {"total_timesteps", "eval_every", "eval_episodes"}  # by a resume
+    MAY_CHANGE |= {"checkpoint_every", "device", "compile", "track", "resume", "evaluate"}
 
     @staticmethod
     def suite_defaults(env_id):

@@ -12,7 +12,7 @@ import torch
 torch.set_num_threads(1)  # the networks here are tiny: a second thread only costs
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmark" / "algorithms")]
 
 
 def command(script, *arguments):
@@ -45,3 +45,10 @@ def run_script(tmp_path):
         )
 
     return run
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,29 +1,17 @@
 """benchmark/algorithms/bro.py: quantiles, networks, the exploring actor, resets."""
 
 import math
-import sys
 from pathlib import Path
 
+import bro
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmark" / "algorithms"))
-
-import bro  # noqa: E402
 
 OBS, ACTIONS, B, K = 4, 2, 8, 5
 TINY = "--env-id tiny_envs:Truncated-v0 --critic-width 16 --actor-width 16 --batch-size 16"
 TINY += " --n-quantiles 7 --utd 2 --learning-starts 20 --total-timesteps 40 --eval-every 20"
 TINY = f"{TINY} --eval-episodes 1 --device cpu --compile off".split()
-
-
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make_agent(**changes):

@@ -4,29 +4,18 @@ import math
 import sys
 from pathlib import Path
 
+import crossq_discrete as discrete
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.append(str(ROOT / "benchmark" / "algorithms"))
-
-import crossq_discrete as discrete  # noqa: E402
-
-import crossq_sac  # noqa: E402
+import crossq_sac
 
 OBS, ACTIONS, B = 4, 3, 16
 TINY = "--env-id tiny_envs:Discrete-v0 --critic-width 16 --actor-width 16 --batch-size 16"
 TINY += " --learning-starts 20 --total-timesteps 60 --eval-every 20 --eval-episodes 1"
 TINY = f"{TINY} --device cpu --compile off".split()
-
-
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make_agent(**changes):

@@ -5,6 +5,7 @@ import builtins
 import importlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -453,3 +454,55 @@ def test_actions_in_double_precision_warn_of_nothing(main, own_env):  # noqa: F8
     """As on DeepMind Control."""
     space = gym.spaces.Box(-1, 1, (2,), np.float64)
     assert main(*TINY, "--env-id", own_env(action_space=space), "--total-timesteps", 10) == 0
+
+
+# ------------------------------------------------------------------------------- many runs, memory
+
+
+def test_one_line_on_threads_where_there_are_several(main, monkeypatch, capsys):  # noqa: F811
+    advice = "much faster with OMP_NUM_THREADS=1"
+    for threads, lines in ((1, 0), (2, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert main(*TINY, "--run-name", f"r{threads}", "--total-timesteps", 50) == 0
+        assert capsys.readouterr().out.count(advice) == lines
+
+
+def test_a_log_file_shows_an_evaluation_at_once(tmp_path):
+    """The process ends at its second evaluation without writing what is still in its buffers."""
+    program = """if True:
+        import os, sys, crossq_sac
+        def evaluate(agent, env, step, run_dir):
+            return os._exit(7) if step == 100 else crossq_sac.evaluate(agent, env, step, run_dir)
+        crossq_sac.main(sys.argv[1:], evaluate=evaluate)"""
+    env = environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    env.pop("PYTHONUNBUFFERED", None)
+    arguments = [sys.executable, "-c", program, *TINY]
+    out = subprocess.run(arguments, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 7 and "step 50: return 10.0" in out.stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc")
+def test_freed_memory_is_kept():
+    """Of 20 tensors of 32 MB, one after the other, only the first takes new pages."""
+    program = """if True:
+        import resource, torch, crossq_sac
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):
+                torch.ones(2**23)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        given_back = faults()
+        crossq_sac.keep_memory()
+        print(given_back, faults())"""
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    given_back, kept = map(int, out.stdout.split())
+    assert given_back > 5 * kept, (given_back, kept)
+
+
+def test_another_c_library_is_left_alone(main, monkeypatch):  # noqa: F811
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(main.module.ctypes, "CDLL", missing)
+    assert main(*TINY, "--run-name", "a", "--total-timesteps", 20) == 0

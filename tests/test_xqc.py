@@ -1,29 +1,17 @@
 """benchmark/algorithms/xqc.py: atoms, projection, weight norm, reward scaling, learning rates."""
 
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmark" / "algorithms"))
-
-import xqc  # noqa: E402
+import xqc
 
 OBS, ACTIONS, B, K = 4, 2, 8, 101
 TINY = "--env-id tiny_envs:Truncated-v0 --critic-width 16 --actor-width 16 --batch-size 16"
 TINY += " --learning-starts 20 --total-timesteps 40 --eval-every 20 --eval-episodes 1"
 TINY = f"{TINY} --device cpu --compile off".split()
-
-
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make_agent(**changes):

@@ -8,8 +8,8 @@ shifts the first one's mean to where an upper bound of Q is high, but not far aw
     python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0
     python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0 --fast  # BRO (Fast)
 
-The settings are those of the authors' code. At a reset that returns to the very same initial
-weights; here the new ones are new. All flags, files and errors are those of sac_baseline.py.
+The settings are those of the authors' code. Its resets return to the very same initial weights;
+here the new weights are new. All flags, files and errors are those of sac_baseline.py.
 """
 
 import dataclasses
@@ -80,6 +80,8 @@ class BroNet(nn.Module):
 
 
 class Ensemble(nn.ModuleList):
+    """N networks: [B, n_in] -> [N, B, n_out]."""
+
     def forward(self, x):
         return torch.stack([net(x) for net in self])
 
@@ -93,6 +95,7 @@ class BoundedStd(nn.Module):
 
 
 def orthogonal(layer):
+    """The initialisation of a dense layer; others stay as they are."""
     if isinstance(layer, nn.Linear):
         nn.init.orthogonal_(layer.weight, 2**0.5)
         if layer.bias is not None:
@@ -100,6 +103,7 @@ def orthogonal(layer):
 
 
 def between(low, high, x):
+    """A number without bounds, squashed into [low, high]."""
     return low + (high - low) / 2 * (1 + x.tanh())
 
 
@@ -164,9 +168,11 @@ class Agent(sac_baseline.Agent):
         return next_q.mean(0)
 
     def actor_q(self, q):
+        """The mean over critics and quantiles: [n_critics, B, K] -> [B]."""
         return q.mean((0, -1))
 
     def critic_loss(self, batch, draws):
+        """The quantile Huber loss against the shifted and shrunk quantiles of s'."""
         obs, action, reward, terminated, next_obs = batch
         with torch.no_grad():
             next_action, next_log_prob = self.policy(next_obs, draws["noise"])
@@ -198,6 +204,7 @@ class Agent(sac_baseline.Agent):
         return loss, {"losses/explorer": loss, "diagnostics/kl": kl.mean() / self.action_dim}
 
     def dual_values(self):
+        """Optimism, and the weight of the KL divergence."""
         duals = self.optimism, self.kl_weight
         return [between(DUAL_MIN, DUAL_MAX, parameter).exp() for parameter in duals]
 

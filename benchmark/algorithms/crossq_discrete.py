@@ -80,6 +80,7 @@ class Agent(crossq_sac.Agent):
         return {}  # nothing here is random
 
     def critic_loss(self, batch, draws):
+        """As CrossQ's, with the expectation over the next action in place of a sample."""
         obs, action, reward, terminated, next_obs = batch
         self.actor.eval()
         with torch.no_grad():
@@ -97,6 +98,7 @@ class Agent(crossq_sac.Agent):
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
     def actor_loss(self, batch, draws):
+        """The expectation of alpha * log-prob - Q; the critics need no gradient for it."""
         obs = batch[0]
         self.actor.train()
         probs, log_probs = self.policy(obs)

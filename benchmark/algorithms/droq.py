@@ -34,9 +34,8 @@ class Args(sac_baseline.Args):
 
     @staticmethod
     def suite_defaults(env_id):
-        """The policy delay stays on DeepMind Control too."""
-        defaults = sac_baseline.Args.suite_defaults(env_id)
-        return {name: value for name, value in defaults.items() if name != "policy_delay"}
+        """SAC's, but for the policy delay, which is the same everywhere."""
+        return sac_baseline.Args.suite_defaults(env_id) | {"policy_delay": 20}
 
 
 class DropoutMLP(sac_baseline.MLP):

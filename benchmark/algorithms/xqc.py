@@ -1,9 +1,9 @@
 """XQC, the successor of CrossQ + WN (Palenicek et al., ICLR 2026, arXiv 2509.25174).
 
-On top of CrossQ's joint pass, batch norm and weight norm: the critics predict a distribution over
-101 returns and are trained by cross-entropy, as C51 (Bellemare et al. 2017), for which rewards are
-scaled so that returns fit into [-5, 5]; four hidden layers; weight norm of the output layer too.
-Two updates per step are enough.
+CrossQ's joint pass, batch norm and weight norm stay. The critics predict a distribution over 101
+returns from -5 to 5 and are trained by cross-entropy, as in C51 (Bellemare et al. 2017). Rewards
+are scaled so that returns fit in. There are four hidden layers, and the output layer is
+weight-normalised too. Two updates per step are enough.
 
     python benchmark/algorithms/xqc.py --env-id HalfCheetah-v4
     python benchmark/algorithms/xqc.py --env-id dm_control/dog-run-v0
@@ -97,18 +97,18 @@ class ReplayBuffer(crossq_wn_highutd.ReplayBuffer):
 
     def __init__(self, obs_dim, action_dim, args, device):
         super().__init__(obs_dim, action_dim, args, device)
-        self.gamma, self.ret = args.gamma, 0.0
+        self.gamma, self.discounted = args.gamma, 0.0
         self.count, self.mean, self.squares = 0, 0.0, 0.0  # Welford's running variance
 
     def add(self, obs, action, reward, terminated, next_obs):
         super().add(obs, action, reward, terminated, next_obs)
-        self.ret = self.gamma * self.ret + float(reward)
+        self.discounted = self.gamma * self.discounted + float(reward)
         self.count += 1
-        change = self.ret - self.mean
+        change = self.discounted - self.mean
         self.mean += change / self.count
-        self.squares += change * (self.ret - self.mean)
+        self.squares += change * (self.discounted - self.mean)
         if terminated:
-            self.ret = 0.0
+            self.discounted = 0.0
 
     def sample(self, n, rng):
         obs, action, reward, terminated, next_obs = super().sample(n, rng)
