@@ -82,7 +82,7 @@ def test_critic_loss_by_formula(double):
     q, next_q = both[:, :B], both[:, B:].detach()
     y = torch.zeros(B)
     for i in range(B):
-        value = sum(p[i, a] * (min(next_q[0, i, a], next_q[1, i, a]) - alpha * p[i, a].log())
+        value = sum(p[i, a] * ((next_q[0, i, a] + next_q[1, i, a]) / 2 - alpha * p[i, a].log())
                     for a in range(ACTIONS))  # fmt: skip
         y[i] = reward[i] + gamma * (0 if terminated[i] else value)
     expected = (
@@ -104,7 +104,7 @@ def test_actor_and_temperature_by_formula(double):
     obs = batch[0]
     logits = forward(agent.actor, obs, training=True)
     log_p = logits - logits.logsumexp(1, keepdim=True)
-    q = forward(agent.critic, obs, training=False).detach().amin(0)
+    q = forward(agent.critic, obs, training=False).detach().mean(0)
     expected = (log_p.exp() * (alpha * log_p - q)).sum() / B
     entropy = -(log_p.exp() * log_p).sum() / B
     loss, info = agent.actor_loss(batch, {})
@@ -127,12 +127,12 @@ def test_by_hand():
     one_hot, terminated = torch.tensor([[0.0, 1.0]]), torch.zeros(1)
     batch = torch.zeros(1, OBS), one_hot, torch.ones(1), terminated, torch.zeros(1, OBS)
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    y = 1 + 0.5 * (0.25 * 4 + 0.75 * 6 + 0.5 * entropy)
+    y = 1 + 0.5 * (0.25 * 5 + 0.75 * 7 + 0.5 * entropy)
     loss, _ = agent.critic_loss(batch, {})
     assert loss.item() == pytest.approx(((2 - y) ** 2 + (5 - y) ** 2) / 2, rel=1e-6)
     q = torch.tensor([[[1.0, 2.0]], [[3.0, 1.0]]])
     loss, _ = agent.actor_loss(batch, {})
-    assert loss.item() == pytest.approx(-0.5 * entropy - (0.25 * 1 + 0.75 * 1), rel=1e-6)
+    assert loss.item() == pytest.approx(-0.5 * entropy - (0.25 * 2 + 0.75 * 1.5), rel=1e-6)
 
 
 def test_modes_and_running_statistics():

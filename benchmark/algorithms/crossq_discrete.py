@@ -3,6 +3,8 @@
 As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic gives the Q of every
 action at once and the actor their probabilities, so expectations over the policy are sums and no
 noise is needed. The joint pass is over s and s' alone, because the action is no input any more.
+Target and actor take the mean of the critics, not their minimum (Zhou et al. 2022, arXiv
+2209.10081): where they differ most is where nobody has been, and the minimum keeps away from there.
 
     python benchmark/algorithms/crossq_discrete.py --env-id CartPole-v1
     python benchmark/algorithms/crossq_discrete.py --env-id LunarLander-v3  # gymnasium[box2d]
@@ -75,6 +77,14 @@ class Agent(crossq_sac.Agent):
         """obs [B, O] -> every action's probability [B, A] and its logarithm [B, A]."""
         log_probs = self.actor(obs).log_softmax(-1)
         return log_probs.exp(), log_probs
+
+    def target_q(self, next_q, draws):
+        """From [n_critics, B, A] to the target's [B, A]."""
+        return next_q.mean(0)
+
+    def actor_q(self, q):
+        """From [n_critics, B, A] to what the actor maximises [B, A]."""
+        return q.mean(0)
 
     def draw(self, batch, rng):
         return {}  # nothing here is random
