@@ -221,6 +221,12 @@ def test_what_it_says():
     assert bro.Args(fast=True).utd == 2 and bro.Args.suite_defaults("dm_control/dog-run-v0") == {}
 
 
+def test_fast_has_its_own_utd(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bro.main(["--env-id", "Hopper-v4", "--fast", "--utd", "4"])
+    assert "error: --fast has --utd 2, not 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fast, utd", [(False, 10), (False, 2), (True, 2)])
 def test_resets_come_before_the_updates_of_their_agent_steps(fast, utd):
     """With 2500 random steps, step 15 001 makes the updates from (15 000 - 2500) * UTD on."""

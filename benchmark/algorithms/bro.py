@@ -51,6 +51,8 @@ class Args(sac_baseline.Args):
 
     def __post_init__(self):
         if self.fast:
+            if self.utd not in (2, Args.utd):
+                sac_baseline.fail("--fast has --utd 2, not", self.utd)
             self.utd = 2
 
     @staticmethod
