@@ -81,7 +81,7 @@ AXES = {
 AXES_OF = {x: [x] for x in AXES} | {"both": ["updates", "hours"]}  # by --x
 SOURCE = "SimbaV2's repository"
 # File in published/, algorithm (None: it has no such column), band, label, line (no line: it is in
-# the table only).
+# the table only). Those of rivals.csv are shown only beside runs of their program.
 PUBLISHED = [
     ("crossq_gym_lowstep.csv", None, "q15 q85",
      f"CrossQ, 2048 wide ({SOURCE}); band: 70 % of the 10 seeds", "--"),
@@ -91,9 +91,21 @@ PUBLISHED = [
     ("bro_official.csv", "BRO(utd10)", "", "BRO, UTD 10 (its repository)", (0, (4, 1, 1, 1))),
     ("simba_repos.csv", "SimBa(utd2)", "", f"SimBa, UTD 2 ({SOURCE})", (0, (1, 3))),
     ("simba_repos.csv", "SAC(utd1)", "", f"SAC, UTD 1 ({SOURCE})", (0, (1, 1))),
+    ("rivals.csv", "REDQ(utd20)", "min max",
+     f"REDQ, UTD 20 ({SOURCE}); band: its 10 seeds", (0, (5, 1))),
+    ("rivals.csv", "DroQ(utd20)", "min max",
+     f"DroQ, UTD 20 ({SOURCE}); band: its 10 seeds", (0, (3, 2))),
+    ("rivals.csv", "TD3(gym v1)", "min max",
+     "TD3 on gym's -v1 (its repository); band: its 10 seeds", "-."),
+    ("rivals.csv", "BRO(utd10)", "min max",
+     f"BRO, UTD 10 ({SOURCE}); band: its seeds", (0, (4, 1, 1, 1))),
+    ("rivals.csv", "XQC(utd2)", "", "XQC, UTD 2 (its repository)", (0, (2, 1, 1, 1))),
+    ("rivals.csv", "SR-SAC(utd32)", "", "SR-SAC, UTD 32 (its repository)", (0, (6, 1, 1, 1, 1, 1))),
 ]  # fmt: skip
 # Of the published algorithms that have a single point somewhere.
 MARKERS = {None: "o", "SAC(utd1)": "s", "BRO(utd10)": "D", "SimBa(utd2)": "^"}
+MARKERS |= {"REDQ(utd20)": "P", "DroQ(utd20)": "X", "XQC(utd2)": "v", "SR-SAC(utd32)": "*"}
+MARKERS |= {"TD3(gym v1)": "d"}
 WINDOW = 16_666  # environment steps over which the published steps to a return were smoothed
 
 
@@ -274,15 +286,21 @@ def hours(path: Path) -> dict[int, float]:
     return out or fail(f"--x hours is not available: {path} has no events of eval/return")
 
 
-def published(envs: list[str], last: int, statistic: str) -> list[tuple]:
+def published(
+    envs: list[str], last: int, statistic: str, settings: Iterable[str] = ()
+) -> list[tuple]:
     """Name, label, line, {step <= last: (value, low, high) or (value,)} of each published algorithm
-    that has all envs.
+    that has all envs and, if it is one of rivals.csv, its program among the settings.
 
     Of several environments, it is the mean of their normalised values. Where a file has no IQM, it
     is the mean over the seeds.
     """
     out = []
+    programs = {re.split("[-+]", setting)[0] for setting in settings}
     for file, alg, band, label, line in PUBLISHED:
+        program = str(alg).partition("(")[0].lower().replace("-", "_")
+        if file == "rivals.csv" and program not in programs:
+            continue
         tasks = []
         for env in envs:
             rows = read_table(HERE / "published" / file)
@@ -399,7 +417,9 @@ def curve_panels(runs: list[Run], statistic: str) -> list[Panel]:
         # Published curves begin at 6000 steps, and are to be seen beside a shorter run.
         last = max([10_000, *(curve.steps[-1] for curve in curves.values())])
         ylabel = "success rate" if success else "evaluation return"
-        panels.append(Panel(env, ylabel, "linear", curves, published([env], last, statistic)))
+        panels.append(
+            Panel(env, ylabel, "linear", curves, published([env], last, statistic, curves))
+        )
     return panels
 
 
@@ -417,7 +437,9 @@ def aggregate_panels(panels: list[Panel], statistic: str) -> list[Panel]:
             last = max(max(curve.steps, default=0) for curve in curves.values())
             title = f"{suite}: {len(envs)} tasks"
             curves = {name: curve for name, curve in curves.items() if curve.steps}
-            out.append(Panel(title, ylabel, "linear", curves, published(envs, last, statistic)))
+            out.append(
+                Panel(title, ylabel, "linear", curves, published(envs, last, statistic, curves))
+            )
     return out
 
 
@@ -519,7 +541,9 @@ def around(setting: str, curve: Curve, step: int) -> list[np.ndarray]:
 def score_table(panels: list[Panel], args) -> list[str]:
     """Markdown: the scores around 20, 50 and 100 thousand steps, where there is an evaluation, and
     around the last step."""
-    beside = "published; a range: 5 to 95 % of the means of 5 seeds drawn from 10"
+    beside = (
+        "published; a range: 5 to 95 % of the means of 5 seeds drawn from 10 (rivals: all seeds)"
+    )
     out = [f"| task | steps | setting | {caption(args)} | each seed | {beside} |"]
     out.append("|---" * 6 + "|")
     for panel in panels:

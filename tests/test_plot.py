@@ -173,6 +173,29 @@ def test_normalisation_and_names():
         assert algorithms == {"BRO(utd10)", "SimBa(utd2)", "SAC(utd1)"}
 
 
+def test_rivals_are_shown_beside_their_programs_alone(tmp_path, capsys):
+    """Of rivals.csv, REDQ beside redq, and TD3 neither beside crossq_td3 nor beside nothing."""
+
+    def rivals(*settings):
+        theirs = plot.published(["HalfCheetah-v4"], 50_000, "iqm", settings)
+        return {alg: values for alg, *_, values in theirs if alg not in (None, *gate)}
+
+    gate = "CrossQ(utd1)", "SAC(utd1)"
+    assert rivals() == rivals("crossq_td3-w256") == {}
+    assert rivals("redq-w2048", "crossq_sac") == {
+        "REDQ(utd20)": {20_000: (3488, 1149, 5323), 50_000: (6477, 5672, 7296)}
+    }
+    assert [*rivals("td3", "droq", "bro", "xqc")] == [
+        "DroQ(utd20)",
+        "TD3(gym v1)",
+        "BRO(utd10)",
+        "XQC(utd2)",
+    ]
+    write_evaluations(tmp_path / "td3" / "HalfCheetah-v4" / "1.csv", 1, 50_000)
+    plot.main(["--results", str(tmp_path)])
+    assert "TD3(gym v1) 1,578 to 4,586" in capsys.readouterr().out
+
+
 def test_a_run_shorter_than_the_published_ones_has_them_in_view(tmp_path, drawn):
     write_evaluations(tmp_path / "crossq" / "HalfCheetah-v4" / "1.csv", 1, 5000, every=1000)
     plot.main(["--results", str(tmp_path)])
