@@ -27,7 +27,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -287,7 +286,7 @@ class ReplayBuffer:
 # --------------------------------------------------------------------------------------- training
 
 
-def train(run, env, eval_env, evaluate):
+def train(run, eval_env, evaluate):
     """Evaluate, act, store, update, until the steps are done or a signal comes."""
     args, agent, buffer, rng = run.args, run.agent, run.buffer, run.rng
     compile_at = max(COMPILE_AFTER[args.compile], agent.n_updates)
@@ -299,17 +298,17 @@ def train(run, env, eval_env, evaluate):
 
         learning = run.step >= args.learning_starts * args.action_repeat
         action = agent.act(run.obs, rng) if learning else agent.random_action(rng)
-        next_obs, reward, terminated, truncated, info = env.step(action)
+        next_obs, reward, terminated, truncated, info = run.env.step(action)
         # `terminated`, not `terminated or truncated`: a time limit does not end the task. What
         # would come after it still has a value, so the target bootstraps.
         buffer.add(run.obs, action, reward, terminated, next_obs)
         run.obs = next_obs
         run.actions.append(action.tolist())
         run.step += args.action_repeat
-        check_finite(run.step, {"the observation": next_obs, "the reward": reward})
+        check_finite(run.step, observation=next_obs, reward=reward)
         if terminated or truncated:
             run.log({"charts/episodic_return": info["episode"]["r"]})
-            run.open_episode(env, run.episode + 1)
+            run.open_episode(run.episode + 1)
 
         if learning:
             for _ in range(args.utd):
@@ -331,7 +330,7 @@ def evaluate(agent, env, step, run_dir):
         success, over = "", False
         while not over:
             obs, reward, terminated, truncated, info = env.step(agent.act(obs))
-            check_finite(step, {"an evaluation's observation": obs, "its reward": reward})
+            check_finite(step, observation=obs, reward=reward)
             for key in {"solved", "is_success", "success"} & info.keys():
                 success = max(success or 0, int(info[key]))  # at any time of the episode
             over = terminated or truncated
@@ -348,7 +347,7 @@ def fail(*message, code=2):
     sys.exit(code)
 
 
-def check_finite(step, values):
+def check_finite(step, **values):
     for name, value in values.items():
         if not torch.as_tensor(value).float().isfinite().all():
             fail(name, "is NaN or infinite at step", step, code=1)
@@ -491,8 +490,8 @@ class Run:
 
     STATE = ("step", "episode", "actions", "evaluated", "evaluations", "starts")  # to be saved
 
-    def __init__(self, args, agent, buffer, rng):
-        self.args, self.agent, self.buffer, self.rng = args, agent, buffer, rng
+    def __init__(self, args, env, agent, buffer, rng):
+        self.args, self.env, self.agent, self.buffer, self.rng = args, env, agent, buffer, rng
         self.step = 0  # environment steps: agent steps x action repeat
         self.evaluated = 0  # step of the last evaluation
         self.evaluations = []  # rows of evaluations.csv
@@ -508,17 +507,17 @@ class Run:
     def due(self, every):
         return self.step % every < self.args.action_repeat
 
-    def open_episode(self, env, number, actions=()):
+    def open_episode(self, number, actions=()):
         """Begin an episode; at a resume, its actions so far are played again."""
         self.episode, self.actions = number, list(actions)
-        self.obs, _ = env.reset(seed=reset_seed(self.args.seed, 0, number))
+        self.obs, _ = self.env.reset(seed=reset_seed(self.args.seed, 0, number))
         for action in actions:
-            self.obs, *_ = env.step(np.float32(action))
-        check_finite(self.step, {"the observation after a reset": self.obs})
+            self.obs, *_ = self.env.step(np.float32(action))
+        check_finite(self.step, observation=self.obs)
 
     def save(self):
         """Write checkpoint.pt aside and rename it: a kill leaves the old or the new one, whole."""
-        check_finite(self.step, self.losses)
+        check_finite(self.step, **self.losses)
         checkpoint = {
             "program": program_of(type(self.agent)),
             "args": vars(self.args) | {"resume": None},
@@ -539,7 +538,7 @@ class Run:
             os.fsync(file)
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
-    def load(self, checkpoint, env):
+    def load(self, checkpoint):
         """The reverse of save; the open episode is played again."""
         vars(self).update(checkpoint["run"])
         self.agent.load_state_dict(checkpoint["agent"])
@@ -551,10 +550,10 @@ class Run:
         torch.set_rng_state(checkpoint["global_rng"])
         if checkpoint["rng"].shape == self.rng.get_state().shape:  # CUDA's is not the CPU's
             self.rng.set_state(checkpoint["rng"])
-        self.open_episode(env, self.episode, self.actions)
+        self.open_episode(self.episode, self.actions)
         if self.obs.tolist() != checkpoint["obs"]:
             print("the open episode does not replay bit by bit here: a fresh one begins")
-            self.open_episode(env, self.episode + 1)
+            self.open_episode(self.episode + 1)
 
     def open(self):
         """Make the folder, with args.json and a first checkpoint, and begin to log."""
@@ -589,7 +588,7 @@ class Run:
             print("several runs at once are much faster with OMP_NUM_THREADS=1 set for each")
 
     def log(self, values):
-        check_finite(self.step, values)
+        check_finite(self.step, **values)
         for name, value in values.items():
             self.writer.add_scalar(name, value, self.step)
 
@@ -611,33 +610,11 @@ class Run:
                 print(*row, sep=",", file=file)
         os.replace(self.folder / "evaluations.tmp", self.folder / "evaluations.csv")
 
-    @contextlib.contextmanager
-    def catch_signals(self):
+    def on_signal(self, number, frame):
         """SIGINT and SIGTERM end the loop; a second one ends the program at once."""
-
-        def note(number, frame):
-            self.signals.append(number)
-            for number in handlers:
-                signal.signal(number, signal.SIG_DFL)
-
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():  # no other may have handlers
-            handlers = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-def evaluate_run(args, checkpoint, agent, env, evaluate):
-    """--evaluate: print what the policy of a checkpoint reaches."""
-    agent.load_state_dict(checkpoint["agent"])
-    step = checkpoint["run"]["step"]
-    _, _, returns, _, successes = zip(*evaluate(agent, env, step, Path(args.evaluate)))
-    success = "" if "" in successes else f", success {np.mean(successes):.2f}"
-    mean, std = np.mean(returns), np.std(returns)
-    print(f"{args.evaluate} at step {step}: {mean:.1f} ± {std:.1f}{success}")
+        self.signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(
@@ -663,24 +640,32 @@ def main(
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(*sizes, args).to(device)
     if args.evaluate is not None:
-        evaluate_run(args, checkpoint, agent, env, evaluate)
+        agent.load_state_dict(checkpoint["agent"])
+        step = checkpoint["run"]["step"]
+        _, _, returns, _, successes = zip(*evaluate(agent, env, step, Path(args.evaluate)))
+        success = "" if "" in successes else f", success {np.mean(successes):.2f}"
+        mean, std = np.mean(returns), np.std(returns)
+        print(f"{args.evaluate} at step {step}: {mean:.1f} ± {std:.1f}{success}")
         return 0
     try:
         buffer = ReplayBuffer(*sizes, args, device)
     except RuntimeError as error:  # PyTorch has no memory
         fail(f"--buffer-size {args.buffer_size}:", error)
     rng = torch.Generator(device).manual_seed(args.seed)  # of all that is random from here on
-    run = Run(args, agent, buffer, rng)
+    run = Run(args, env, agent, buffer, rng)
     eval_env = make_env(args)
     eval_env.set_wrapper_attr("signals", run.signals)
     if checkpoint:
-        run.load(checkpoint, env)
+        run.load(checkpoint)
     else:
-        run.open_episode(env, 0)
+        run.open_episode(0)
     run.open()
-    with run.catch_signals(), run.writer, run.progress:
+    with run.writer, run.progress, contextlib.ExitStack() as at_the_end:
+        with contextlib.suppress(ValueError):  # only a main thread may handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                at_the_end.callback(signal.signal, number, signal.signal(number, run.on_signal))
         with contextlib.suppress(KeyboardInterrupt):  # a resume repeats a cut evaluation
-            train(run, env, eval_env, evaluate)
+            train(run, eval_env, evaluate)
         run.save()
         run.progress.write(f"ended at step {run.step:,}; --resume {run.folder} goes on from here")
     return 128 + run.signals[0] if run.signals else 0
