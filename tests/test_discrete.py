@@ -162,8 +162,21 @@ def test_acts_by_sampling_and_evaluates_by_the_most_probable():
     assert (
         best.argmax() == probs.argmax() and sorted(best) == [0, 0, 1] and best.dtype == np.float32
     )
-    random = np.mean([agent.random_action(rng) for _ in range(3000)], 0)
-    assert random == pytest.approx([1 / 3] * 3, abs=0.04)
+
+
+def test_random_actions_are_uniform_and_held():
+    """A new one every fourth step on average, which in a third of the cases is the old one; and a
+    resume goes on with the one that is held."""
+    agent, rng = make_agent(), torch.Generator().manual_seed(0)
+    actions = np.array([agent.random_action(rng) for _ in range(20_000)])
+    assert actions.mean(0) == pytest.approx([1 / 3] * 3, abs=0.03)
+    repeated = (actions[1:].argmax(1) == actions[:-1].argmax(1)).mean()
+    assert repeated == pytest.approx(0.75 + 0.25 / 3, abs=0.02)
+    again = make_agent()
+    again.load_state_dict(agent.state_dict())
+    for seed in range(5):
+        same = [a.random_action(torch.Generator().manual_seed(seed)) for a in (agent, again)]
+        assert np.array_equal(*same)
 
 
 def test_the_environment_gets_the_action():

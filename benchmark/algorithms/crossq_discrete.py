@@ -3,8 +3,8 @@
 As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic gives the Q of every
 action at once and the actor their probabilities, so expectations over the policy are sums and no
 noise is needed. The joint pass is over s and s' alone, because the action is no input any more.
-Target and actor take the mean of the critics, not their minimum (Zhou et al. 2022, arXiv
-2209.10081): where they differ most is where nobody has been, and the minimum keeps away from there.
+Target and actor take the mean of the critics, because their minimum is far too low here (Zhou et
+al. 2022, arXiv 2209.10081).
 
     python benchmark/algorithms/crossq_discrete.py --env-id CartPole-v1
     python benchmark/algorithms/crossq_discrete.py --env-id LunarLander-v3  # gymnasium[box2d]
@@ -32,7 +32,6 @@ class Args(crossq_sac.Args):
     total_timesteps: int = 300_000  # environment steps
     critic_width: int = 256  # units per hidden layer
     entropy_factor: float = 0.6  # target entropy: this * log(number of actions)
-    learning_starts: int = 1000  # random agent steps before the first update
 
     AT_MOST = crossq_sac.Args.AT_MOST | {"entropy_factor": 1}
 
@@ -61,6 +60,7 @@ class Agent(crossq_sac.Agent):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
         self.target_entropy = args.entropy_factor * math.log(action_dim)
+        self.register_buffer("held", torch.zeros((), dtype=torch.int64))  # so that it is saved
 
     def make_critic(self):
         """[B, O] -> [n_critics, B, A]."""
@@ -120,8 +120,11 @@ class Agent(crossq_sac.Agent):
         return loss, {"losses/actor": loss, "diagnostics/entropy": entropy}
 
     def random_action(self, rng):
-        index = torch.randint(self.action_dim, (), generator=rng, device=rng.device)
-        return np.eye(self.action_dim, dtype=np.float32)[index.item()]
+        """Uniform, and a new one at every fourth step on average: held actions lead further away
+        (Dabney et al. 2021, arXiv 2006.01782)."""
+        if torch.rand((), generator=rng, device=rng.device) < 0.25:
+            self.held = torch.randint(self.action_dim, (), generator=rng, device=rng.device)
+        return np.eye(self.action_dim, dtype=np.float32)[self.held.item()]
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
