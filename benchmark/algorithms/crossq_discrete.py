@@ -3,8 +3,9 @@
 As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic gives the Q of every
 action at once and the actor their probabilities, so expectations over the policy are sums and no
 noise is needed. The joint pass is over s and s' alone, because the action is no input any more.
-Target and actor take the mean of the critics, because their minimum is far too low here (Zhou et
-al. 2022, arXiv 2209.10081).
+Two things differ from it. Target and actor take the mean of the critics, because their minimum is
+far too low here (Zhou et al. 2022, arXiv 2209.10081). And the target has no bonus for entropy,
+which makes it pay to put off a task's end (on what else it does: arXiv 2509.09838).
 
     python benchmark/algorithms/crossq_discrete.py --env-id CartPole-v1
     python benchmark/algorithms/crossq_discrete.py --env-id LunarLander-v3  # gymnasium[box2d]
@@ -94,14 +95,13 @@ class Agent(crossq_sac.Agent):
         obs, action, reward, terminated, next_obs = batch
         self.actor.eval()
         with torch.no_grad():
-            next_probs, next_log_probs = self.policy(next_obs)
+            next_probs, _ = self.policy(next_obs)
 
         self.critic.train()
         both_q = self.critic(torch.cat([obs, next_obs]))  # [n_critics, 2B, A]
         q, next_q = both_q.chunk(2, 1)  # [n_critics, B, A] each
 
-        soft_q = self.target_q(next_q, draws) - self.alpha() * next_log_probs  # [B, A]
-        next_value = (next_probs * soft_q).sum(-1)  # [B]
+        next_value = (next_probs * self.target_q(next_q, draws)).sum(-1)  # [B]
         target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()  # [B]
         q = (q * action).sum(-1)  # [n_critics, B], of the action taken
         loss = 0.5 * (q - target).square().mean(-1).sum()
