@@ -717,7 +717,8 @@ def main(
     with run.writer, run.progress, contextlib.ExitStack() as at_the_end:
         with contextlib.suppress(ValueError):  # only a main thread may handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
-                at_the_end.callback(signal.signal, number, signal.signal(number, run.on_signal))
+                before = signal.signal(number, run.on_signal)
+                at_the_end.callback(signal.signal, number, before)
         with contextlib.suppress(KeyboardInterrupt):  # a resume repeats a cut evaluation
             train(run, eval_env, evaluate)
         run.save()

@@ -4,8 +4,8 @@ As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic 
 action at once and the actor their probabilities, so expectations over the policy are sums and no
 noise is needed. The joint pass is over s and s' alone, because the action is no input any more.
 Two things differ from it. Target and actor take the mean of the critics, because their minimum is
-far too low here (Zhou et al. 2022, arXiv 2209.10081). And the target has no bonus for entropy,
-which makes it pay to put off a task's end (on what else it does: arXiv 2509.09838).
+far too low here (Zhou et al. 2022, arXiv 2209.10081). And the target has no bonus for entropy: with
+it, it pays to put off a task's end. The authors of arXiv 2509.09838 find other harm in it.
 
     python benchmark/algorithms/crossq_discrete.py --env-id CartPole-v1
     python benchmark/algorithms/crossq_discrete.py --env-id LunarLander-v3  # gymnasium[box2d]
@@ -25,6 +25,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import crossq_sac  # noqa: E402
+
+NEW_ACTION = 0.25  # probability of a new random action at a step; otherwise the old one is held
 
 
 @dataclasses.dataclass
@@ -61,7 +63,8 @@ class Agent(crossq_sac.Agent):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
         self.target_entropy = args.entropy_factor * math.log(action_dim)
-        self.register_buffer("held", torch.zeros((), dtype=torch.int64))  # so that it is saved
+        # The last random action; a buffer, so that a checkpoint has it.
+        self.register_buffer("held", torch.zeros((), dtype=torch.int64))
 
     def make_critic(self):
         """[B, O] -> [n_critics, B, A]."""
@@ -120,9 +123,9 @@ class Agent(crossq_sac.Agent):
         return loss, {"losses/actor": loss, "diagnostics/entropy": entropy}
 
     def random_action(self, rng):
-        """Uniform, and a new one at every fourth step on average: held actions lead further away
-        (Dabney et al. 2021, arXiv 2006.01782)."""
-        if torch.rand((), generator=rng, device=rng.device) < 0.25:
+        """Uniform, and held for some steps, which leads further away (Dabney et al. 2021, arXiv
+        2006.01782)."""
+        if torch.rand((), generator=rng, device=rng.device) < NEW_ACTION:
             self.held = torch.randint(self.action_dim, (), generator=rng, device=rng.device)
         return np.eye(self.action_dim, dtype=np.float32)[self.held.item()]
 
