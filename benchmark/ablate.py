@@ -112,7 +112,8 @@ def ablate_norms(script):
             super().reset()
             if self.args.temperature == "softplus":
                 with torch.no_grad():
-                    self.log_alpha.fill_(math.log(math.expm1(self.args.alpha)))
+                    alpha = self.args.alpha  # log(exp(alpha) - 1), in a form that cannot overflow
+                    self.log_alpha.fill_(alpha + math.log(-math.expm1(-alpha)))
 
         def alpha(self):
             softplus = self.args.temperature == "softplus"

@@ -168,8 +168,8 @@ DEFAULTS = {
                          "utd": 10, "batch_size": 128, "learning_starts": 2500, "entropy_factor": 0.5, "fast": False},
     "xqc": SAC | SLOW | {"alpha_lr": 3e-4, "lr_end": 0.1, "critic_width": 512, "utd": 2, "policy_delay": 3,
                          "gamma": 0.995, "alpha": 0.01, "entropy_factor": 0.5},
-    "crossq_discrete": SAC | {"adam_beta1": 0.5, "policy_delay": 3, "brn_warmup": 100_000,
-                              "entropy_factor": 0.6},
+    "crossq_discrete": SAC | SLOW | {"alpha_lr": 3e-4, "adam_beta1": 0.5, "policy_delay": 3, "brn_warmup": 100_000,
+                                     "entropy_factor": 0.6},
 }  # fmt: skip
 del DEFAULTS["xqc"]["adam_beta1"], DEFAULTS["crossq_discrete"]["tau"]
 DMC_LR = {"critic_lr": 8e-4, "actor_lr": 8e-4, "alpha_lr": 8e-4}

@@ -70,8 +70,8 @@ def assert_gradients(loss, expected, parameters):
 
 
 def test_critic_loss_by_formula(double):
-    """Expectations over the next policy, without its entropy; one pass over [s; s'] in training
-    mode; no gradient through the target."""
+    """The lower of the critics' expectations over the next policy, without its entropy; one pass
+    over [s; s'] in training mode; no gradient through the target."""
     agent, gamma = make_agent(), 0.99
     batch, taken = make_batch()
     obs, _, reward, terminated, next_obs = batch
@@ -81,7 +81,7 @@ def test_critic_loss_by_formula(double):
     q, next_q = both[:, :B], both[:, B:].detach()
     y = torch.zeros(B)
     for i in range(B):
-        value = sum(p[i, a] * (next_q[0, i, a] + next_q[1, i, a]) / 2 for a in range(ACTIONS))
+        value = min(sum(p[i, a] * next_q[n, i, a] for a in range(ACTIONS)) for n in range(2))
         y[i] = reward[i] + gamma * (0 if terminated[i] else value)
     expected = (
         sum(((q[n, i, taken[i]] - y[i]) ** 2 / 2 for n in range(2) for i in range(B)), 0.0) / B
@@ -121,7 +121,7 @@ def test_by_hand():
     one_hot, terminated = torch.tensor([[0.0, 1.0]]), torch.zeros(1)
     batch = torch.zeros(1, OBS), one_hot, torch.ones(1), terminated, torch.zeros(1, OBS)
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    y = 1 + 0.5 * (0.25 * 5 + 0.75 * 7)
+    y = 1 + 0.5 * min(0.25 * 4 + 0.75 * 8, 0.25 * 6 + 0.75 * 6)
     loss, _ = agent.critic_loss(batch, {})
     assert loss.item() == pytest.approx(((2 - y) ** 2 + (5 - y) ** 2) / 2, rel=1e-6)
     q = torch.tensor([[[1.0, 2.0]], [[3.0, 1.0]]])
@@ -156,6 +156,16 @@ def test_acts_by_sampling_and_evaluates_by_the_most_probable():
     assert (
         best.argmax() == probs.argmax() and sorted(best) == [0, 0, 1] and best.dtype == np.float32
     )
+
+
+def test_a_diverged_policy_ends_with_one_line(capsys):
+    agent = make_agent()
+    agent.actor.biases[2].data.fill_(math.nan)
+    for rng in (None, torch.Generator()):
+        with pytest.raises(SystemExit) as end:
+            agent.act(np.ones(OBS, np.float32), rng)
+        assert end.value.code == 1
+        assert capsys.readouterr().err == "error: the policy is NaN: training has diverged\n"
 
 
 def test_random_actions_are_uniform_and_held():

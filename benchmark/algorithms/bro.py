@@ -2,7 +2,7 @@
 
 Bigger: the critics are residual networks, 512 wide, that predict 100 quantiles of the return and
 are updated ten times per step. Regularised: layer norm, weight decay, and resets of all networks.
-Optimistic: the target is the critics' mean, not their minimum, and a second actor explores. It
+Optimistic: the target is the critics' mean, not their minimum, and a second actor explores, which
 shifts the first one's mean to where an upper bound of Q is high, but not far away.
 
     python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0
@@ -211,7 +211,7 @@ class Agent(sac_baseline.Agent):
         return [between(DUAL_MIN, DUAL_MAX, parameter).exp() for parameter in duals]
 
     def dual_loss(self, kl):
-        """Less optimism and a greater weight of the KL while that is above its target."""
+        """While the KL is above its target: less optimism, a greater weight of the KL."""
         optimism, kl_weight = self.dual_values()
         info = {"diagnostics/optimism": optimism, "diagnostics/kl_weight": kl_weight}
         return (optimism - kl_weight) * (kl - KL_TARGET), info

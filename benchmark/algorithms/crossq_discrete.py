@@ -3,9 +3,14 @@
 As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic gives the Q of every
 action at once and the actor their probabilities, so expectations over the policy are sums and no
 noise is needed. The joint pass is over s and s' alone, because the action is no input any more.
-Two things differ from it. Target and actor take the mean of the critics, because their minimum is
-far too low here (Zhou et al. 2022, arXiv 2209.10081). And the target has no bonus for entropy: with
-it, it pays to put off a task's end. The authors of arXiv 2509.09838 find other harm in it.
+What differs from it, each for a reason that benchmark/results/README.md shows:
+
+- The target is the lower of the critics' values of s', not the value of their lower Qs: a minimum
+  for every action is far too low (Zhou et al. 2022, arXiv 2209.10081). The actor takes their mean.
+- The target has no bonus for entropy: with it, it pays to put off a task's end. The authors of
+  arXiv 2509.09838 find other harm in it.
+- The learning rates are 3e-4: with CrossQ's 1e-3 the critics rise far above any possible return.
+- The target entropy is 0.6 log(actions), not 0.98 of it, and random actions are held for a while.
 
     python benchmark/algorithms/crossq_discrete.py --env-id CartPole-v1
     python benchmark/algorithms/crossq_discrete.py --env-id LunarLander-v3  # gymnasium[box2d]
@@ -34,6 +39,9 @@ class Args(crossq_sac.Args):
     env_id: str = "CartPole-v1"  # Gymnasium id, or your own: my_module:MyEnv-v0
     total_timesteps: int = 300_000  # environment steps
     critic_width: int = 256  # units per hidden layer
+    critic_lr: float = 3e-4  # Adam
+    actor_lr: float = 3e-4  # Adam
+    alpha_lr: float = 3e-4  # Adam, of the temperature; 0 keeps it at --alpha
     entropy_factor: float = 0.6  # target entropy: this * log(number of actions)
 
     AT_MOST = crossq_sac.Args.AT_MOST | {"entropy_factor": 1}
@@ -57,8 +65,8 @@ def make_env(args, **kwargs):
 
 
 class Agent(crossq_sac.Agent):
-    """O, B and A are the sizes of an observation and a batch, and the number of actions. An action
-    in the replay buffer is a one-hot vector [A]."""
+    """O and B are the sizes of an observation and a batch, A is the number of actions. An action in
+    the replay buffer is a one-hot vector [A]."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
@@ -82,10 +90,6 @@ class Agent(crossq_sac.Agent):
         log_probs = self.actor(obs).log_softmax(-1)
         return log_probs.exp(), log_probs
 
-    def target_q(self, next_q, draws):
-        """From [n_critics, B, A] to the target's [B, A]."""
-        return next_q.mean(0)
-
     def actor_q(self, q):
         """From [n_critics, B, A] to what the actor maximises [B, A]."""
         return q.mean(0)
@@ -104,7 +108,7 @@ class Agent(crossq_sac.Agent):
         both_q = self.critic(torch.cat([obs, next_obs]))  # [n_critics, 2B, A]
         q, next_q = both_q.chunk(2, 1)  # [n_critics, B, A] each
 
-        next_value = (next_probs * self.target_q(next_q, draws)).sum(-1)  # [B]
+        next_value = self.target_q((next_probs * next_q).sum(-1), draws)  # [B]
         target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()  # [B]
         q = (q * action).sum(-1)  # [n_critics, B], of the action taken
         loss = 0.5 * (q - target).square().mean(-1).sum()
@@ -123,8 +127,8 @@ class Agent(crossq_sac.Agent):
         return loss, {"losses/actor": loss, "diagnostics/entropy": entropy}
 
     def random_action(self, rng):
-        """Uniform, and held for some steps, which leads further away (Dabney et al. 2021, arXiv
-        2006.01782)."""
+        """Uniform, and held for four steps on average, which leads further (Dabney et al. 2021,
+        arXiv 2006.01782)."""
         if torch.rand((), generator=rng, device=rng.device) < NEW_ACTION:
             self.held = torch.randint(self.action_dim, (), generator=rng, device=rng.device)
         return np.eye(self.action_dim, dtype=np.float32)[self.held.item()]
@@ -135,6 +139,8 @@ class Agent(crossq_sac.Agent):
         probable one."""
         self.actor.eval()
         probs, _ = self.policy(torch.from_numpy(obs).to(self.log_alpha.device)[None])
+        if not probs.isfinite().all():
+            crossq_sac.fail("the policy is NaN: training has diverged", code=1)
         index = probs[0].argmax() if rng is None else probs[0].multinomial(1, generator=rng)
         return np.eye(self.action_dim, dtype=np.float32)[index.item()]
 

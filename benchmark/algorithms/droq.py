@@ -44,8 +44,6 @@ class DropoutMLP(sac_baseline.MLP):
     The masks, two of [N, B, width], are set before a forward. In eval mode nothing is dropped.
     """
 
-    masks = ()
-
     def __init__(self, n_in, width, n_out, ensemble=()):
         super().__init__(n_in, width, n_out, ensemble)
         self.scales = nn.ParameterList(torch.ones(*ensemble, 1, width) for _ in range(2))
@@ -67,8 +65,8 @@ class Agent(sac_baseline.Agent):
         return DropoutMLP(n_in, args.critic_width, 1, ensemble=(args.n_critics,))
 
     def draw(self, batch, rng):
-        """The masks of both networks too: 0 with probability `dropout`, otherwise what keeps the
-        mean. They come from the run's generator, so that a resume is exact."""
+        """The masks of both networks too: 0 with probability `dropout`, otherwise
+        1 / keep, so that the mean stays. They come from the run's generator: a resume is exact."""
         args, keep = self.args, 1 - self.args.dropout
         shape = 2, args.n_critics, len(batch[0]), args.critic_width
 

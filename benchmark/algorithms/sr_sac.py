@@ -11,7 +11,8 @@ at once.
 
 The settings are those of CrossQ + WN's paper; the last command is SR-SAC's own, without action
 repeat. The authors' code resets at the next evaluation, and to the very same initial weights. Here
-the reset comes when it is due, and the weights are new. All flags, files and errors are those of
+the reset comes when it is due, and the weights are new. Log stds are cut to [-20, 2]; there they
+are squashed into [-10, 2]. All flags, files and errors are those of
 sac_baseline.py.
 """
 
@@ -49,9 +50,8 @@ class Agent(sac_baseline.Agent):
     def update(self, batch, rng):
         info = super().update(batch, rng)
         if self.n_updates % self.args.reset_every == 0:
-            device = self.log_alpha.device
             self.reset()
-            self.to(device)
+            self.to(rng.device)
         return info
 
 
