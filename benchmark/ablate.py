@@ -46,7 +46,7 @@ class Ablations:
     bootstrap_at_termination: bool = False  # bootstrap at terminations too, not only at truncations
     bn_momentum: float = 0.99  # share of the running statistics that stays (PyTorch: 1 - this)
     target_stats: Literal["own", "live"] = "own"  # of a target network: averaged, or the critic's
-    products: Products = "float32"  # the factors are rounded to this, on any processor; no faster
+    products: Products = "float32"  # factors are rounded to this, on any processor; not faster
     q_aggregation: Literal["min", "mean"] = "min"  # over the critics, for target and actor (RLinf)
     max_grad_norm: float = 0.0  # longer gradients are cut to this; 0: none are (RLinf)
     temperature: Literal["exp", "softplus"] = "exp"  # of the parameter that is learnt (RLinf)
@@ -214,7 +214,7 @@ def replay_of(script):
         def __init__(self, obs_dim, action_dim, args, device):
             super().__init__(obs_dim, action_dim, args, device)
             self.widths.append(1)
-            self.rows = torch.zeros(args.buffer_size, sum(self.widths), device=device)
+            self.rows = torch.empty(args.buffer_size, sum(self.widths), device=device)
             self.largest = 1.0
 
         def add(self, obs, action, reward, terminated, next_obs):
@@ -346,17 +346,18 @@ def ablate_weights(script):
             self.weights[2] /= self.weights[2].square().sum(-2, keepdim=True).sqrt()
 
     mlps = {"project": script.MLP, "output": OutputProjected}
+    mlps |= {"soft": Unprojected, "none": Unprojected}
 
     class Agent(script.Agent):
         program = f"ablate_{Path(script.__file__).stem}"
 
         def make_critic(self):
             args, n_in = self.args, self.obs_dim + self.action_dim
-            make = mlps.get(args.weight_norm, Unprojected)
+            make = mlps[args.weight_norm]
             return make(n_in, args.critic_width, 1, ensemble=(args.n_critics,))
 
         def make_actor(self):
-            make = mlps.get(self.args.weight_norm, Unprojected)
+            make = mlps[self.args.weight_norm]
             return make(self.obs_dim, self.args.actor_width, 2 * self.action_dim)
 
         def make_optimizers(self):
@@ -392,11 +393,10 @@ def ablate_weights(script):
 def main(argv):
     probed = "--probe" in argv
     argv = [a for a in argv if a != "--probe"]
-    if not argv or not argv[0].endswith(".py"):
-        wanted = "the first argument must be a script, not"
-        print(f"ablate.py: error: {wanted} {argv[:1]}\n{__doc__}", file=sys.stderr)
+    script = probe.first_script("ablate.py", __doc__, argv)
+    if not hasattr(script, "train"):
+        print(f"ablate.py: error: {argv[0]} is not one of the four scripts", file=sys.stderr)
         return 2
-    script = probe.load(argv[0])
     parts = ablate(script)
     if probed:
         parts["evaluate"] = probe.probed(script)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 1000  # state-action pairs at least
 UNMEASURED = {"crossq_discrete": "has no continuous actions", "xqc": "has the Q of scaled rewards"}
 
@@ -101,13 +102,29 @@ def layers(agent):
 
 def load(path):
     """A script as a module; a name that is not found here is looked for at the repository's top."""
-    path = Path(path) if Path(path).exists() else Path(__file__).resolve().parent.parent / path
+    path = Path(path) if Path(path).exists() else ROOT / path
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     # There its Agent's file is looked up, and the comments that are the flags' help.
     sys.modules.setdefault(path.stem, script)
     spec.loader.exec_module(script)
     return script
+
+
+def first_script(program, doc, argv):
+    """The script that a command line begins with. Without one it ends, by help or by one line."""
+    name = argv[0] if argv else "none"
+    if name in ("-h", "--help"):
+        print(doc)
+        sys.exit(0)
+    if not name.endswith(".py"):
+        problem = f"the first argument must be a script, not {name}; see --help"
+    elif not any((folder / name).is_file() for folder in (Path.cwd(), ROOT)):
+        problem = f"there is no {name}"
+    else:
+        return load(name)
+    print(f"{program}: error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def part_of(Agent, name):
@@ -132,14 +149,10 @@ def probed(script):
 
 
 def main(argv):
-    if not argv or not argv[0].endswith(".py"):
-        wanted = "the first argument must be a script, not"
-        print(f"probe.py: error: {wanted} {argv[:1]}\n{__doc__}", file=sys.stderr)
-        return 2
+    script = first_script("probe.py", __doc__, argv)
     if why := UNMEASURED.get(Path(argv[0]).stem):
         print(f"probe.py: error: {argv[0]} {why}, so its bias is not measured", file=sys.stderr)
         return 2
-    script = load(argv[0])
     return script.main(argv[1:], evaluate=probed(script))
 
 

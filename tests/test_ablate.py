@@ -389,6 +389,7 @@ def test_softplus_begins_at_alpha_and_is_what_is_learnt():
     (gradient,) = torch.autograd.grad(loss, agent.log_alpha)
     sigmoid = 1 - np.exp(-0.3)  # softplus' slope, where it is 0.3
     assert gradient.item() == pytest.approx(3 * sigmoid, rel=1e-5)
+    assert make("sac_baseline.py", temperature="softplus", alpha=1000.0).alpha().item() == 1000
 
 
 def test_gradients_are_cut_to_a_length():
@@ -506,7 +507,8 @@ def test_wrong_flags(tmp_path, monkeypatch, capsys, script, flags, message):
 
 def test_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert ablate.main(["--critic-norm", "ln"]) == 2
+    assert ablate.main(["benchmark/algorithms/redq.py"]) == 2
+    assert "redq.py is not one of the four scripts" in capsys.readouterr().err
     told = {
         "crossq_sac.py": ["--critic-norm", "figures 8, 9, 13", "CrossQ small", "table 1"],
         "sac_baseline.py": ["--brn-warmup", "before batch renorm", "--target-stats"],

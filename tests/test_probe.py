@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import ablate  # noqa: E402
 import probe  # noqa: E402
 
 import crossq_sac  # noqa: E402
@@ -147,10 +148,19 @@ def test_a_script_keeps_its_name_wherever_it_is(tmp_path, monkeypatch):
     assert again.program_of(again.Agent) == "crossq_sac"
 
 
-def test_the_first_argument_is_a_script(capsys):
-    assert probe.main([]) == 2
-    assert probe.main(["--env-id", "Hopper-v4"]) == 2
-    assert "the first argument must be a script, not ['--env-id']" in capsys.readouterr().err
+@pytest.mark.parametrize("program", [probe, ablate])
+@pytest.mark.parametrize("argv, code, message", [
+    ([], 2, "error: the first argument must be a script, not none; see --help"),
+    (["--env-id", "Hopper-v4"], 2, "error: the first argument must be a script, not --env-id"),
+    (["crossq_sax.py"], 2, "error: there is no crossq_sax.py"),
+    (["--help"], 0, "the script's"),
+])  # fmt: skip
+def test_the_first_argument_is_a_script(capsys, program, argv, code, message):
+    with pytest.raises(SystemExit) as end:
+        program.main(argv)
+    out, error = capsys.readouterr()
+    assert end.value.code == code
+    assert message in (error if code else out) and error.count("\n") == bool(code)
 
 
 @pytest.mark.parametrize("program, message", [

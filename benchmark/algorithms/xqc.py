@@ -8,9 +8,9 @@ weight-normalised too. Two updates per step are enough.
     python benchmark/algorithms/xqc.py --env-id HalfCheetah-v4
     python benchmark/algorithms/xqc.py --env-id dm_control/dog-run-v0
 
-The learning rates fall over the whole run, so a run that is extended differs from one that was long
-from the start. In the authors' code the actor's running statistics move at every update, here at
-the actor's alone. All flags, files and errors are those of crossq_wn_highutd.py.
+The learning rates fall over the whole run, all alike, so a run that is extended differs from one
+that was long from the start. In the authors' code the actor's running statistics move at every
+update, here at the actor's alone. All flags, files and errors are those of crossq_wn_highutd.py.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Args(crossq_wn_highutd.Args):
     alpha_lr: float = 3e-4  # Adam, at the start; 0 keeps the temperature at --alpha
     lr_end: float = 0.1  # share of the learning rates that is left at the end of the run
     utd: int = 2  # critic updates per agent step (update-to-data ratio)
-    gamma: float = 0.995  # discount (1 - 5 / agent steps per episode, from 0.95 to 0.995)
+    gamma: float = 0.995  # discount (authors: 1 - 5 / agent steps per episode, in [0.95, 0.995])
     entropy_factor: float = 0.5  # target entropy: -this * dim(A)
     weight_decay: Suppress[Fixed[float]] = 0.0  # all weights are projected
 
