@@ -459,15 +459,23 @@ def droq_forward(net, x, masks):
     return (torch.matmul(x, net.weights[2]) + net.biases[2])[..., 0]
 
 
+def droq_uniform(seed):
+    """Of both layers, two critics and all rows."""
+    return torch.rand(2, 2, BATCH, 16, generator=torch.Generator().manual_seed(seed)).double()
+
+
 def droq_masks(seed):
-    """Of both layers, two critics and all rows; 0 with probability 0.3, otherwise 1 / 0.7."""
-    g = torch.Generator().manual_seed(seed)
-    return (torch.rand(2, 2, BATCH, 16, generator=g) < 0.7).double() / 0.7
+    """0 with probability 0.3, otherwise 1 / 0.7."""
+    return torch.where(droq_uniform(seed) < 0.7, 1 / 0.7, 0.0)
+
+
+def make_droq():
+    return make_agent(droq, updates=9, policy_delay=3, dropout=0.3)
 
 
 def test_droq_critic_gradient_is_that_of_the_minimum_with_masks_of_its_own():
     """min over both target critics under their masks; the critics under others."""
-    agent, batch = make_agent(droq, updates=9, policy_delay=3), make_batch(50)
+    agent, batch = make_droq(), make_batch(50)
     obs, action, reward, done, next_obs = batch
     with torch.no_grad():
         agent.log_alpha.fill_(math.log(0.3))
@@ -479,28 +487,28 @@ def test_droq_critic_gradient_is_that_of_the_minimum_with_masks_of_its_own():
         target = reward + GAMMA * (1 - done) * target
     q = droq_forward(agent.critic, torch.cat([obs, action], -1), droq_masks(2))
     loss = ((q[0] - target) ** 2).mean() / 2 + ((q[1] - target) ** 2).mean() / 2
-    inputs = batch, {"noise": noise(), "target": droq_masks(1), "critic": droq_masks(2)}
+    inputs = batch, {"noise": noise(), "target": droq_uniform(1), "critic": droq_uniform(2)}
     assert_loss(agent.critic_loss, inputs, loss)
     assert_gradients(agent, "critic", agent.critic_loss, inputs, loss, {"critic"})
 
 
 def test_droq_actor_gradient_is_that_of_the_mean_under_dropout():
-    agent, obs = make_agent(droq, updates=9, policy_delay=3), make_batch(50)[0]
+    agent, obs = make_droq(), make_batch(50)[0]
     with torch.no_grad():
         agent.log_alpha.fill_(math.log(0.3))
     action, log_prob = sample(agent, obs, noise())
     q = droq_forward(agent.critic, torch.cat([obs, action], -1), droq_masks(2))
     loss = (0.3 * log_prob - (q[0] + q[1]) / 2).mean()
-    inputs = [obs], {"noise": noise(), "target": droq_masks(1), "critic": droq_masks(2)}
-    agent.critic.masks = droq_masks(3)  # what the critic's update left
+    inputs = [obs], {"noise": noise(), "target": droq_uniform(1), "critic": droq_uniform(2)}
+    agent.critic.uniform = droq_uniform(3)  # what the critic's update left
     assert_loss(agent.actor_loss, inputs, loss)
     assert_gradients(agent, "actor", agent.actor_loss, inputs, loss, {"actor"})
 
 
 def test_droq_network_by_hand():
     """One input, two units: 3 and 1 -> dropped 6 and 0 -> normed 1 and -1 -> 2 * 1 + 0.5 and 0;
-    then 0.001 and -0.001, of a variance as small as epsilon."""
-    net = droq.DropoutMLP(1, 2, 1).double()
+    then 0.001 and -0.001 -> 0.002 and 0, of a variance as small as epsilon."""
+    net = droq.DropoutMLP(1, 2, 1, dropout=0.5).double()
     with torch.no_grad():
         net.weights[0].copy_(torch.tensor([[2.0, 0.0]]))
         net.biases[0].copy_(torch.tensor([[1.0, 1.0]]))
@@ -509,31 +517,32 @@ def test_droq_network_by_hand():
         net.weights[1].copy_(torch.tensor([[4e-4, -4e-4], [100.0, 100.0]]))
         net.weights[2].copy_(torch.tensor([[10.0], [1000.0]]))
         net.biases[2].fill_(3.0)
-    net.masks = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]]]).double()
-    expected = 3 + 10 / math.sqrt(2)  # 0.001 / sqrt(1e-6 + 1e-6)
+    net.uniform = torch.tensor([[[0.1, 0.5]], [[0.0, 0.9]]]).double()
+    expected = 3 + 10 / math.sqrt(2)  # 0.002 and 0: 0.001 / sqrt(1e-6 + 1e-6)
     assert net(torch.ones(1, 1).double()).item() == pytest.approx(expected, rel=1e-6)
-    net.masks = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]]).double()
+    net.uniform = torch.tensor([[[0.1, 0.5]], [[0.5, 0.49]]]).double()
     expected = 3 + 10 / math.sqrt(2)  # 0 and -0.002: the mean is -0.001
     assert net(torch.ones(1, 1).double()).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_droq_masks_of_an_update():
-    """In all three passes a hundredth of the units of each layer is dropped, by masks that no two
-    passes, updates, layers, critics or rows share."""
+    """In all three passes a hundredth of the units of each layer is dropped, and no two passes,
+    updates, layers, critics or rows share which."""
     agent = small_agent(droq, critic_width=256, policy_delay=1)
     seen = []
     for net in (agent.critic, agent.target_critic):
-        net.register_forward_pre_hook(lambda module, _: seen.append((module, module.masks.clone())))
+        net.register_forward_pre_hook(
+            lambda module, _: seen.append((module, module.uniform.clone()))
+        )
         net.eval()
     rng, batch = torch.Generator().manual_seed(0), [x.float() for x in make_batch()]
     for _ in range(2):
         agent.update(batch, rng)
     order = [agent.target_critic, agent.critic, agent.critic] * 2
     assert [module for module, _ in seen] == order and all(net.training for net in order)
-    masks = torch.stack([mask for _, mask in seen])  # [pass, layer, critic, row, unit]
-    assert masks.shape == (6, 2, 2, BATCH, 256)
-    dropped = masks == 0
-    assert torch.allclose(masks[~dropped], torch.tensor(1 / 0.99))
+    uniform = torch.stack([numbers for _, numbers in seen])  # [pass, layer, critic, row, unit]
+    assert uniform.shape == (6, 2, 2, BATCH, 256) and agent.critic.keep == 0.99
+    dropped = uniform >= 0.99
     share = dropped.float()
     assert (share.mean((2, 3, 4)) - 0.01).abs().max() < 0.003  # of each pass and layer
     assert share.mean(3).max() < 0.15 and share.mean(4).max() < 0.06  # of a unit, of a row

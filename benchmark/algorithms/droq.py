@@ -41,11 +41,13 @@ class Args(sac_baseline.Args):
 class DropoutMLP(sac_baseline.MLP):
     """(Dense -> dropout -> layer norm -> ReLU) x 2 -> dense: [B, n_in] -> [N, B, n_out].
 
-    The masks, two of [N, B, width], are set before a forward. In eval mode nothing is dropped.
+    `uniform`, two of [N, B, width] in [0, 1), is set before a forward and says what is dropped. The
+    rest is divided by its share, so that the mean is the same. In eval mode nothing is dropped.
     """
 
-    def __init__(self, n_in, width, n_out, ensemble=()):
+    def __init__(self, n_in, width, n_out, dropout, ensemble=()):
         super().__init__(n_in, width, n_out, ensemble)
+        self.keep = 1 - dropout
         self.scales = nn.ParameterList(torch.ones(*ensemble, 1, width) for _ in range(2))
         self.shifts = nn.ParameterList(torch.zeros(*ensemble, 1, width) for _ in range(2))
 
@@ -53,7 +55,7 @@ class DropoutMLP(sac_baseline.MLP):
         for k in range(2):
             x = x @ self.weights[k] + self.biases[k]
             if self.training:
-                x = x * self.masks[k]
+                x = x * (self.uniform[k] < self.keep) / self.keep
             x = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)  # eps: CrossQ's code, JAX's
             x = (x * self.scales[k] + self.shifts[k]).relu()
         return x @ self.weights[2] + self.biases[2]
@@ -62,32 +64,30 @@ class DropoutMLP(sac_baseline.MLP):
 class Agent(sac_baseline.Agent):
     def make_critic(self):
         n_in, args = self.obs_dim + self.action_dim, self.args
-        return DropoutMLP(n_in, args.critic_width, 1, ensemble=(args.n_critics,))
+        return DropoutMLP(n_in, args.critic_width, 1, args.dropout, ensemble=(args.n_critics,))
 
     def draw(self, batch, rng):
-        """The masks of both networks too: 0 with probability `dropout`, otherwise
-        1 / keep, so that the mean stays. They come from the run's generator: a resume is exact."""
-        args, keep = self.args, 1 - self.args.dropout
-        shape = 2, args.n_critics, len(batch[0]), args.critic_width
-
-        def masks():
-            return torch.empty(shape, device=rng.device).bernoulli_(keep, generator=rng) / keep
-
-        return super().draw(batch, rng) | {"critic": masks(), "target": masks()}
+        """The dropout of both networks too. It comes from the run's generator, so that a resume is
+        exact."""
+        shape = 2, self.args.n_critics, len(batch[0]), self.args.critic_width
+        draws = super().draw(batch, rng)
+        for name in ("critic", "target"):
+            draws[name] = torch.rand(shape, generator=rng, device=rng.device)
+        return draws
 
     def critic_loss(self, batch, draws):
-        self.set_masks(draws)
+        self.set_dropout(draws)
         return super().critic_loss(batch, draws)
 
     def actor_loss(self, batch, draws):
-        self.set_masks(draws)
+        self.set_dropout(draws)
         return super().actor_loss(batch, draws)
 
-    def set_masks(self, draws):
+    def set_dropout(self, draws):
         self.critic.train()
-        self.critic.masks = draws["critic"]
+        self.critic.uniform = draws["critic"]
         self.target_critic.train()
-        self.target_critic.masks = draws["target"]
+        self.target_critic.uniform = draws["target"]
 
     def actor_q(self, q):
         return q.mean(0)
