@@ -3,20 +3,18 @@
 As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic gives the Q of every
 action at once and the actor their probabilities, so expectations over the policy are sums and no
 noise is needed. The joint pass is over s and s' alone, because the action is no input any more.
-What differs from it, each for a reason that benchmark/results/README.md shows:
+What differs from it, and why, is shown in benchmark/results/README.md:
 
 - The target is the lower of the critics' values of s', not the value of their lower Qs: a minimum
   for every action is far too low (Zhou et al. 2022, arXiv 2209.10081). The actor takes their mean.
-- The target has no bonus for entropy: with it, it pays to put off a task's end. The authors of
-  arXiv 2509.09838 find other harm in it.
-- The learning rates are 3e-4: with CrossQ's 1e-3 the critics rise far above any possible return.
-- The target entropy is 0.6 log(actions), not 0.98 of it, and random actions are held for a while.
+- The target has no bonus for entropy: it would pay to put off a task's end (cf. arXiv 2509.09838).
+- The learning rates are 3e-4: with CrossQ's 1e-3 the critics rise above any possible return.
+- Random actions are held for a while. The target entropy is 0.6 log(A), not 0.98 log(A).
 
     python benchmark/algorithms/crossq_discrete.py --env-id CartPole-v1
     python benchmark/algorithms/crossq_discrete.py --env-id LunarLander-v3  # gymnasium[box2d]
 
-The policy acts by sampling and is evaluated by its most probable action. All flags, files and
-errors are those of crossq_sac.py.
+It samples actions; evaluations take the most probable. Flags and files are crossq_sac.py's.
 """
 
 import dataclasses
@@ -65,8 +63,7 @@ def make_env(args, **kwargs):
 
 
 class Agent(crossq_sac.Agent):
-    """O and B are the sizes of an observation and a batch, A is the number of actions. An action in
-    the replay buffer is a one-hot vector [A]."""
+    """O and B: sizes of an observation and a batch; A: number of actions, which are one-hot."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
@@ -127,8 +124,7 @@ class Agent(crossq_sac.Agent):
         return loss, {"losses/actor": loss, "diagnostics/entropy": entropy}
 
     def random_action(self, rng):
-        """Uniform, and held for four steps on average, which leads further (Dabney et al. 2021,
-        arXiv 2006.01782)."""
+        """Uniform, and held for four steps on average (Dabney et al. 2021, arXiv 2006.01782)."""
         if torch.rand((), generator=rng, device=rng.device) < NEW_ACTION:
             self.held = torch.randint(self.action_dim, (), generator=rng, device=rng.device)
         return np.eye(self.action_dim, dtype=np.float32)[self.held.item()]
