@@ -425,6 +425,7 @@ def keep_memory():
 
 def choose_device(args):
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_flush_denormal(True)  # Adam's averages of dead units get that small, and are slow
     # On some CPUs "medium" is faster and as exact; others round to bfloat16, CUDA to TF32.
     torch.set_float32_matmul_precision("medium")
     a = torch.rand(256, 256, device=device)
