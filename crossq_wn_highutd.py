@@ -479,7 +479,7 @@ def keep_memory():
 
 def choose_device(args):
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_flush_denormal(True)  # Adam's averages of dead units get that small, and are slow
+    torch.set_flush_denormal(True)  # they are slow, and Adam leaves them of dead units
     # On some CPUs "medium" is faster and as exact; others round to bfloat16, CUDA to TF32.
     torch.set_float32_matmul_precision("medium")
     a = torch.rand(256, 256, device=device)
@@ -581,8 +581,7 @@ class Run:
             "agent": self.agent.state_dict(),
             "n_updates": self.agent.n_updates,
             "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            # A view would be saved with all rows.
-            "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),
+            "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),  # a view is saved whole
             "buffer": {k: v for k, v in vars(self.buffer).items() if k != "rows"},
             "rng": self.rng.get_state(),
             "global_rng": torch.get_rng_state(),  # of which a reset makes its networks

@@ -112,6 +112,17 @@ def test_no_operator_mixes_devices(script, monkeypatch):
     assert not mixed
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_denormal_numbers_are_flushed(script):
+    """Those that Adam leaves of gradients that are zero from some time on."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    tiny = torch.full((64,), 1e-30)
+    torch.set_flush_denormal(False)
+    assert (tiny * 1e-10 != 0).all()
+    module.choose_device(module.Args(device="cpu"))
+    assert (tiny * 1e-10 == 0).all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_synchronisation_on_cuda(script):
