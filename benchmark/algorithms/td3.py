@@ -6,6 +6,7 @@ first critic alone.
 
     python benchmark/algorithms/td3.py --env-id Walker2d-v4
     python benchmark/algorithms/td3.py --env-id Walker2d-v4 --learning-starts 25000  # the original
+    python benchmark/algorithms/td3.py --critic-lr 1e-3 --actor-lr 1e-3  # the paper's rates: faster
 
 CrossQ's paper does not say how its plain TD3 was run, so these are the authors' settings, except
 for the random steps, of which all algorithms here take 5000. All flags, files and errors are those
