@@ -5,7 +5,7 @@ it; these tend to grow, and the same step turns a longer vector less. So each ne
 projected back to norm 1 after every update. Target networks return, with CrossQ's joint pass.
 
     python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0   # the paper's setting, UTD 5
-    python crossq_wn_highutd.py --env-id Walker2d-v4 --utd 2 --critic-width 256    # for a CPU
+    python crossq_wn_highutd.py --env-id Walker2d-v4 --utd 2 --critic-width 256  # for a CPU
 """
 
 # /// script
@@ -55,10 +55,10 @@ class Args:
     critic_width: int = 512  # units per hidden layer
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
-    critic_lr: float = 1e-4  # AdamW (second version of the paper: 3e-4)
-    actor_lr: float = 1e-4  # AdamW (second version of the paper: 3e-4)
+    critic_lr: float = 1e-4  # AdamW (paper's second version: 3e-4)
+    actor_lr: float = 1e-4  # AdamW (second version: 3e-4)
     alpha_lr: float = 1e-4  # AdamW, of the temperature; 0 keeps it at --alpha
-    weight_decay: float = 0.01  # AdamW, of the output layers alone
+    weight_decay: float = 0.01  # AdamW, of the output layers
     policy_delay: int = 3  # critic updates per actor update
     tau: float = 0.005  # share of the critic that its target takes per update; 1: no target
     utd: int = 5  # critic updates per agent step (update-to-data ratio; paper: 1, 2, 5, 10, 20)
@@ -86,7 +86,7 @@ class Args:
 
     @staticmethod
     def suite_defaults(env_id):
-        """What differs on DeepMind Control and on MyoSuite."""
+        """What differs on DeepMind Control and MyoSuite."""
         dmc, myo = {"action_repeat": 2}, {"action_repeat": 2, "gamma": 0.95}
         return {"shimmy": dmc, "myosuite": myo}.get(suite_of(env_id), {})
 
@@ -233,7 +233,7 @@ class Agent(nn.Module):
 
         # CrossQ's joint pass: one forward of 2B rows normalises both halves by the mean and
         # variance of their mixture. The target network makes the same pass, in training mode too,
-        # so that it is normalised by this very batch; its running statistics are never used.
+        # so that this batch normalises it; its running statistics are never used.
         both_obs = torch.cat([obs, next_obs])  # [2B, O]
         both_actions = torch.cat([action, next_action])  # [2B, A]
         self.target_critic.train()
@@ -291,7 +291,7 @@ class Agent(nn.Module):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients, info = self.gradients(loss, parameters, *inputs)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # padded, if compiled on CUDA
         optimizer.step()
         return info
 

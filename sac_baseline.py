@@ -238,7 +238,7 @@ class Agent(nn.Module):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients, info = self.gradients(loss, parameters, *inputs)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # padded, if compiled on CUDA
         optimizer.step()
         return info
 

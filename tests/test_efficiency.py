@@ -10,6 +10,7 @@ from test_run import SCRIPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OBS, ACTIONS = 11, 3
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # Operators of an uncompiled critic update, and of one with an actor update. None may slip in.
 OPERATORS = {
     "crossq_sac.py": (274, 585),
@@ -123,7 +124,43 @@ def test_denormal_numbers_are_flushed(script):
     assert (tiny * 1e-10 == 0).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gradients_that_lie_in_padded_memory(script):
+    """As compiled ones do on CUDA, whose fused Adam refuses them; that of the CPU takes the padding
+    for numbers."""
+
+    def updated(copies):
+        agent, update = make(script)
+        plain = agent.gradients
+
+        def gradients(*inputs):
+            values, info = plain(*inputs)
+            return [torch.stack([value] * copies, -1)[..., 0] for value in values], info
+
+        agent.gradients = gradients
+        for _ in range(4):  # two of them of the actor and the temperature
+            update()
+        return list(agent.parameters())
+
+    plain, padded = updated(1), updated(2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, padded))
+    assert all(p.grad is None or p.grad.stride() == p.stride() for p in padded)
+
+
+@needs_cuda
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compiled_updates_on_cuda(script):
+    """Numbers of inputs that are no multiples of four are padded there."""
+    infos = []
+    for compiled in (False, True):
+        _, update = make(script, compiled, "cuda")
+        infos.append([update() for _ in range(4)])
+    for plain, compiled in zip(*infos):
+        for name, value in plain.items():
+            assert torch.allclose(value, compiled[name], rtol=1e-3, atol=1e-4), name
+
+
+@needs_cuda
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_synchronisation_on_cuda(script):
     _, update = make(script, device="cuda")

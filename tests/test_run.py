@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
@@ -301,10 +302,15 @@ def test_resume_with_a_full_buffer_and_utd_and_action_repeat(main):
 def test_resume_in_the_middle_of_a_mujoco_episode(main, env):
     """The open episode's actions, played again, lead to the same state of the simulator."""
     arguments = [*TINY, "--env-id", env, "--eval-every", 55]
-    assert main(*arguments, "--run-name", "whole", "--total-timesteps", 110) == 0
+    assert main(*arguments, "--run-name", "whole", "--total-timesteps", 160) == 0
     assert main(*arguments, "--run-name", "part", "--total-timesteps", 60) == 0
+    # Where an episode ends depends on the processor's rounding.
+    for steps in range(60, 120, 6):
+        if len(load("runs/part")["run"]["actions"]) > 5:
+            break
+        assert main("--resume", "runs/part", "--total-timesteps", steps) == 0
     assert len(load("runs/part")["run"]["actions"]) > 5
-    assert main("--resume", "runs/part", "--total-timesteps", 110) == 0
+    assert main("--resume", "runs/part", "--total-timesteps", 160) == 0
     assert_identical("runs/whole", "runs/part")
 
 
@@ -420,7 +426,7 @@ WRONG = {
     "beta1 of 1": ("--adam-beta1 1", "--adam-beta1"),
     "a seed beyond 64 bits": (f"--seed {2**80}", "--seed"),
     "a batch above the buffer": ("--buffer-size 8", "--buffer-size"),
-    "a buffer above the memory": ("--buffer-size 1000000000000", "--buffer-size 1000000000000:"),
+    "a buffer above the memory": (f"--buffer-size {10**15}", f"--buffer-size {10**15}:"),
     "a run that is not there": ("--resume runs/none", "runs/none"),
     "a checkpoint for a folder": ("--resume runs/a/checkpoint.pt", "runs/a/checkpoint.pt"),
     "nothing to evaluate": ("--evaluate runs/none", "runs/none"),
@@ -680,7 +686,7 @@ def test_files_of_a_run(main):
     run = Path("runs/x_y")
     about = json.loads((run / "args.json").read_text())
     (start,) = about["starts"]
-    assert about["args"]["action_repeat"] == 2 and start["torch"] == torch.__version__
+    assert about["args"]["action_repeat"] == 2 and start["torch"] == version("torch")
     assert {"device", "git", "gymnasium", "mujoco", "numpy"} <= start.keys()
     rows = evaluations(run)
     assert b"\r" not in (run / "evaluations.csv").read_bytes()

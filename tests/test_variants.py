@@ -423,7 +423,7 @@ def test_td3_exploration_in_the_loop(run_loop):
     with torch.no_grad():
         deterministic = torch.tanh(forward(made["agent"].actor, obs[400:], "running"))
     added = action[400:] - deterministic
-    assert action.abs().max() <= 1 and deterministic.abs().max() < 0.6  # so that none is clipped
+    assert action.abs().max() < 1  # so none is clipped
     assert torch.allclose(added, 0.1 * torch.stack(made["acted"]), atol=1e-6)
     assert torch.allclose(added.std(0), torch.tensor(0.1), rtol=0.06)
     assert added.mean(0).abs().max() < 0.01
