@@ -1,15 +1,17 @@
 """What keeps an update fast: few operators, no wait for the device, no growing memory."""
 
-import functools
 import gc
 import importlib
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_run import SCRIPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OBS, ACTIONS = 11, 3
+ALGORITHMS = sorted(path.name for path in (ROOT / "benchmark" / "algorithms").glob("*.py"))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # Operators of an uncompiled critic update, and of one with an actor update. None may slip in.
 OPERATORS = {
@@ -83,15 +85,17 @@ def test_no_operator_waits_for_the_device(script):
         assert len(recorder.names) > 50 and not WAITS & set(recorder.names)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *ALGORITHMS])
 def test_no_operator_mixes_devices(script, monkeypatch):
     """What would fail on CUDA alone, seen without it: on the meta device no tensor has values."""
     module = importlib.import_module(script.removesuffix(".py"))
-    device, mixed = torch.device("meta"), []
-    # Neither fused optimisers nor generators exist there.
-    name = "AdamW" if hasattr(module, "AdamW") else "Adam"
-    adam = functools.partial(getattr(module, name), foreach=False)
-    monkeypatch.setattr(module, name, lambda *args, fused, **kwargs: adam(*args, **kwargs))
+    extended = importlib.import_module(module.Agent.__base__.__module__)
+    device, mixed, init = torch.device("meta"), [], torch.optim.Adam.__init__
+
+    def unfused(*args, fused, **kwargs):  # fused optimisers do not exist there
+        init(*args, **kwargs | {"foreach": False})
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", unfused)
 
     class Devices(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -100,15 +104,17 @@ def test_no_operator_mixes_devices(script, monkeypatch):
                 mixed.append(function)
             return function(*args, **(kwargs or {}))
 
-    args = module.Args(critic_width=32, actor_width=32)
+    args = module.Args(critic_width=32, actor_width=32, buffer_size=500)
     with device:
         agent = module.Agent(OBS, ACTIONS, args)
-    buffer = module.ReplayBuffer(OBS, ACTIONS, module.Args(buffer_size=500), device)
-    buffer.size = 500
-    agent.draw = lambda batch, rng: {"noise": torch.zeros_like(batch[1])}
+    ReplayBuffer = vars(module).get("ReplayBuffer") or extended.ReplayBuffer
+    buffer = ReplayBuffer(OBS, ACTIONS, args, device)
+    buffer.add(np.zeros(OBS), np.zeros(ACTIONS), 0.0, False, np.zeros(OBS))
+    draw = agent.draw  # generators do not exist there either
+    agent.draw = lambda *inputs: {k: v.to(device) for k, v in draw(*inputs).items()}
     with Devices():
         for _ in range(args.policy_delay):
-            info = agent.update(buffer.sample(32, None), None)
+            info = agent.update(buffer.sample(32, None), torch.Generator())
     assert "losses/actor" in info and {value.device for value in info.values()} == {device}
     assert not mixed
 
