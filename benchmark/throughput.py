@@ -346,6 +346,7 @@ def measure(python: str, job: dict) -> dict:
             env = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(job["threads"])}
             env["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/c{index}"
             env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+            env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(0.75 / job["processes"])  # of a GPU's
             if job["device"] == "cpu":
                 env["JAX_PLATFORMS"] = "cpu"
             mine = job | {"index": index, "seed": job["round"] * 100 + index}

@@ -12,6 +12,7 @@ import torch
 torch.set_num_threads(1)  # the networks here are tiny: a second thread only costs
 
 ROOT = Path(__file__).resolve().parent.parent
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmark" / "algorithms")]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, needs_cuda
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
@@ -532,9 +532,10 @@ def to_tf32(x):
     return (bits & ~0x1FFF).view(torch.float32)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind, reference", [("bfloat16", to_bfloat16), ("tf32", to_tf32)])
-def test_rounded_products(compiled, kind, reference):
+def test_rounded_products(compiled, kind, reference, device):
     """Factors as the hardware rounds them; products and gradient of rounded factors. Compiled,
     nothing is left out."""
     bits = ablate.BITS[kind]
@@ -542,6 +543,7 @@ def test_rounded_products(compiled, kind, reference):
     significands = (torch.arange(2**23, dtype=torch.int32) + (127 << 23)).view(torch.float32)
     scales = torch.cat([torch.randn(1000) * 10.0**k for k in range(-30, 30, 7)] + [torch.zeros(1)])
     for x in (significands, -significands, scales):  # 1.0 to 2.0, each that there is
+        x = x.to(device)
         assert torch.equal(rounded(x, bits), reference(x)) and not torch.equal(rounded(x, bits), x)
 
     x, w, g = torch.randn(2, 7, 5), torch.randn(2, 5, 3), torch.randn(2, 7, 3)

@@ -6,13 +6,12 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_cuda
 from test_run import SCRIPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OBS, ACTIONS = 11, 3
 ALGORITHMS = sorted(path.name for path in (ROOT / "benchmark" / "algorithms").glob("*.py"))
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # Operators of an uncompiled critic update, and of one with an actor update. None may slip in.
 OPERATORS = {
     "crossq_sac.py": (274, 585),

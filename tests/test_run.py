@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import tiny_envs
 import torch
-from conftest import ROOT, command, environment
+from conftest import ROOT, command, environment, needs_cuda
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\n# /// script\n" in path.read_text())
@@ -1007,8 +1007,7 @@ def test_import_has_no_side_effect(tmp_path):
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device"))])  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @every_script
 def test_smoke_on_mujoco(main, capsys, device):
     """A real task; the policy that --evaluate loads, running statistics included, is the one that
