@@ -13,6 +13,7 @@ torch.set_num_threads(1)  # the networks here are tiny: a second thread only cos
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmark" / "algorithms")]
 
 

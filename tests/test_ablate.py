@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_cuda
+from conftest import ROOT, on_each_device
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
@@ -532,7 +532,7 @@ def to_tf32(x):
     return (bits & ~0x1FFF).view(torch.float32)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@on_each_device
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind, reference", [("bfloat16", to_bfloat16), ("tf32", to_tf32)])
 def test_rounded_products(compiled, kind, reference, device):

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import tiny_envs
 import torch
-from conftest import ROOT, command, environment, needs_cuda
+from conftest import ROOT, command, environment, on_each_device
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\n# /// script\n" in path.read_text())
@@ -288,9 +288,10 @@ def test_killed_while_a_checkpoint_is_written(main, whole, capsys, monkeypatch, 
     assert_identical(whole(main), "runs/a")
 
 
-def test_resume_with_a_full_buffer_and_utd_and_action_repeat(main):
+@on_each_device
+def test_resume_with_a_full_buffer_and_utd_and_action_repeat(main, device):
     """The ring buffer has turned over at the checkpoint, batch renorm has left its warm-up."""
-    arguments = [*TINY, "--buffer-size", 64, "--utd", 2]
+    arguments = [*TINY, "--device", device, "--buffer-size", 64, "--utd", 2]
     arguments += ["--action-repeat", 2, "--brn-warmup", 30]
     assert main(*arguments, "--run-name", "whole", "--total-timesteps", 240) == 0
     assert main(*arguments, "--run-name", "part", "--total-timesteps", 146) == 0
@@ -314,10 +315,11 @@ def test_resume_in_the_middle_of_a_mujoco_episode(main, env):
     assert_identical("runs/whole", "runs/part")
 
 
-def test_compiled_run_resumes_exactly(main):
+@on_each_device
+def test_compiled_run_resumes_exactly(main, device):
     """torch.compile changes nothing of that."""
     torch._dynamo.reset()  # it compiles a function only so many times in one process
-    arguments = [*TINY, "--compile", "on"]
+    arguments = [*TINY, "--device", device, "--compile", "on"]
     assert main(*arguments, "--run-name", "whole", "--total-timesteps", 90) == 0
     assert main(*arguments, "--run-name", "part", "--total-timesteps", 60) == 0
     assert load("runs/part")["args"]["compile"] == "on"
@@ -1007,7 +1009,7 @@ def test_import_has_no_side_effect(tmp_path):
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@on_each_device
 @every_script
 def test_smoke_on_mujoco(main, capsys, device):
     """A real task; the policy that --evaluate loads, running statistics included, is the one that
