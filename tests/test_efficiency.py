@@ -154,15 +154,17 @@ def test_gradients_that_lie_in_padded_memory(script):
 
 @needs_cuda
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_compiled_updates_on_cuda(script, monkeypatch):
+def test_compiled_updates_on_cuda(script):
     """The compiler pads numbers of inputs that are no multiples of four, where it finds that faster;
     here always."""
-    monkeypatch.setattr("torch._inductor.config.force_shape_pad", True)
+    from torch._inductor import config
+
     torch._dynamo.reset()
     infos = []
     for compiled in (False, True):
         _, update = make(script, compiled, "cuda")
-        infos.append([update() for _ in range(4)])
+        with config.patch(force_shape_pad=True):
+            infos.append([update() for _ in range(4)])
     for plain, compiled in zip(*infos):
         for name, value in plain.items():
             assert torch.allclose(value, compiled[name], rtol=1e-3, atol=1e-4), name
