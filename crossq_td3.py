@@ -265,7 +265,7 @@ class Agent(nn.Module):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients, info = self.gradients(loss, parameters, *inputs)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient.contiguous()  # padded, if compiled on CUDA
+            parameter.grad = gradient.contiguous()  # CUDA's fused Adam refuses padding
         optimizer.step()
         return info
 
@@ -454,7 +454,7 @@ def keep_memory():
 
 def choose_device(args):
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_flush_denormal(True)  # denormals are slow; Adam leaves them of dead units
+    torch.set_flush_denormal(True)  # denormals, which Adam leaves, are slow
     # On some CPUs "medium" is faster and as exact; others round to bfloat16, CUDA to TF32.
     torch.set_float32_matmul_precision("medium")
     a = torch.rand(256, 256, device=device)
