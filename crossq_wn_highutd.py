@@ -58,7 +58,7 @@ class Args:
     critic_lr: float = 1e-4  # AdamW (paper's second version: 3e-4)
     actor_lr: float = 1e-4  # AdamW (second version: 3e-4)
     alpha_lr: float = 1e-4  # AdamW, of the temperature; 0 keeps it at --alpha
-    weight_decay: float = 0.01  # AdamW, of the output layers
+    weight_decay: float = 0.01  # AdamW, of the output layers alone
     policy_delay: int = 3  # critic updates per actor update
     tau: float = 0.005  # share of the critic that its target takes per update; 1: no target
     utd: int = 5  # critic updates per agent step (update-to-data ratio; paper: 1, 2, 5, 10, 20)
