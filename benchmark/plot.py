@@ -4,6 +4,7 @@ files, beside the published curves.
     pip install matplotlib==3.11.2 scipy==1.17.1
     python benchmark/plot.py                            # benchmark/results/SETTING/ENV/SEED.csv
     python benchmark/plot.py --runs runs --out figures  # runs/NAME/{evaluations.csv,args.json}
+    python benchmark/plot.py --runs runs --over critic-width  # or utd: a scaling figure
 
 There are three figures, each as PNG and SVG. `curves` has a panel per environment. `aggregate` has
 a panel per suite, if two of its environments are there. `panels` has the Q-bias, the weight norm
@@ -27,6 +28,9 @@ return / 1000 (DMC), of success (MyoSuite), or of (return - random) / (TD3 - ran
 updates` counts those of the critic. Both place a point at the mean over its seeds, and both are
 logarithmic where one setting's curve is more than five times as long as another's. `--x both` has
 a panel of each side by side (CrossQ, figure 6); `curves` is then called `efficiency`.
+
+`--over FLAG` makes one figure more, `over`: the returns at some steps over a flag that is a number.
+Under --results the number is in the setting's name, as in -utd5; of critic-width, as in -w512.
 """
 
 import argparse
@@ -106,6 +110,8 @@ PUBLISHED = [
 MARKERS = {None: "o", "SAC(utd1)": "s", "BRO(utd10)": "D", "SimBa(utd2)": "^"}
 MARKERS |= {"REDQ(utd20)": "P", "DroQ(utd20)": "X", "XQC(utd2)": "v", "SR-SAC(utd32)": "*"}
 MARKERS |= {"TD3(gym v1)": "d"}
+OVER_STEPS = [20_000, 30_000, 50_000, 100_000, 300_000, 1_000_000]  # of --over
+PUBLISHED_WIDTH = 2048  # of the published CrossQ
 WINDOW = 16_666  # environment steps over which the published steps to a return were smoothed
 
 
@@ -116,6 +122,7 @@ class Run:
     seed: str
     curves: dict[str, dict[int, float]]  # {quantity: {environment step: value}}
     x: dict[str, dict[int, float]]  # {x-axis: {environment step: place on it}}
+    args: dict = dataclasses.field(default_factory=dict)  # of a run under --runs
 
 
 @dataclasses.dataclass
@@ -221,7 +228,8 @@ def load_runs(folder: Path, axes: list[str]) -> list[Run]:
         flags = [f"{flag.replace('_', '-')}={args[flag]}" for flag in flags if flag in args]
         setting = ", ".join([script, *(flag for flag in named if flag not in shared), *flags])
         curves = read_evaluations(path / "evaluations.csv") | read_probe(path / "probe.csv")
-        run = Run(setting, re.sub(r"[/\\:]", "_", args["env_id"]), str(args["seed"]), curves, {})
+        env = re.sub(r"[/\\:]", "_", args["env_id"])
+        run = Run(setting, env, str(args["seed"]), curves, {}, args)
         done, key = curves["return"], (run.setting, run.env, run.seed)
         if not done:
             note(f"{path}: no evaluation yet")
@@ -459,6 +467,69 @@ def diagnostic_panels(runs: list[Run]) -> list[Panel]:
     return panels
 
 
+def split_off(flag: str, run: Run) -> tuple[str, float | None]:
+    """The run's setting without the flag, and the flag's value, or None if that is no number."""
+    if run.args:
+        parts = run.setting.split(", ")
+        rest = ", ".join(part for part in parts if not part.startswith(f"{flag}="))
+        value = run.args.get(flag.replace("-", "_"))
+        return rest, value if isinstance(value, (int, float)) else None
+    short = "w" if flag == "critic-width" else flag
+    if match := re.search(rf"-{short}(\d+(\.\d+)?)(?=-|$)", run.setting):
+        return run.setting.replace(match[0], ""), float(match[1])
+    return run.setting, None
+
+
+def draw_over(flag: str, runs: list[Run], args, path: Path) -> None:
+    """Writes path.png and path.svg: a panel per environment, with a line per setting and step. Over
+    the critic's width, the published CrossQ stands beside it."""
+    lines = defaultdict(lambda: defaultdict(list))  # {environment: {(setting, step): points}}
+    values = defaultdict(set)
+    for env, settings in group(run for run in runs if "return" in run.curves).items():
+        for setting, members in settings.items():
+            rest, value = split_off(flag, members[0])
+            curve = common(members, "return")
+            for step in OVER_STEPS if value is not None else ():
+                if step in curve.steps:
+                    score = estimate(around(setting, curve, step), args.statistic, args.interval)
+                    lines[env][rest, step].append((value, *score.ravel()))
+                    values[env].add(value)
+    envs = [env for env in lines if len(values[env]) > 1]
+    if not envs:
+        fail(f"--over {flag}: no task has runs that differ in it")
+    rests = sorted({rest for env in envs for rest, _ in lines[env]}, key=natural)
+    steps = sorted({step for env in envs for _, step in lines[env]})
+    size = max(4.6 * len(envs), 8.5), 5
+    figure, axes = plt.subplots(1, len(envs), figsize=size, squeeze=False, layout="constrained")
+    entries = {}
+
+    def add(axis, label, step, points, **style):
+        at, value, low, high = np.array(points).T
+        i = steps.index(step)
+        at = at * 1.03**i  # or the intervals of two steps would hide each other
+        style |= {"color": COLOURS[i], "capsize": 3}
+        entries[label] = axis.errorbar(at, value, (value - low, high - value), **style)
+
+    for axis, env in zip(axes.flat, envs):
+        for rest, step in sorted(lines[env], key=lambda key: (key[1], natural(key[0]))):
+            label = f"{rest}, " * (len(rests) > 1) + f"{step:,} steps"
+            add(axis, label, step, lines[env][rest, step], marker="os^v"[rests.index(rest) % 4])
+        for alg, label, _, at in published([env], steps[-1], args.statistic):
+            for step in steps if (flag, alg) == ("critic-width", None) else ():
+                if step in at:
+                    beside = [(PUBLISHED_WIDTH * 1.2, *at[step])]
+                    add(axis, label, step, beside, marker="D", mfc="none", linestyle=":")
+        ticks = sorted(values[env])
+        axis.set(title=env, xlabel=flag, ylabel="evaluation return")
+        axis.set_xscale("log" if ticks[0] > 0 else "linear")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    legend(figure, entries, entries, caption(args))
+    save(figure, path)
+
+
 def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path: Path) -> None:
     """Writes path.png and path.svg: the panels, each over the x-axes that are asked for, and below
     them one legend, whose title says what line and band are."""
@@ -501,9 +572,14 @@ def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path:
     labels = [f"{name} ({seeds(counts[name])})" if name in counts else name for name in entries]
     ours = [curve for panel in panels for curve in panel.curves.values()]
     title = caption(args) + ", stratified by task" * any(len(curve.values) > 1 for curve in ours)
-    options = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 9}
-    figure.legend(entries.values(), labels, title=title, ncols=1 + (len(labels) > 6), **options)
+    legend(figure, entries, labels, title)
     save(figure, path)
+
+
+def legend(figure, entries: dict, labels: Iterable[str], title: str) -> None:
+    options = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 9}
+    ncols = 1 + (len(entries) > 6)
+    figure.legend(entries.values(), labels, title=title, ncols=ncols, **options)
 
 
 def save(figure, path: Path) -> None:
@@ -600,6 +676,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--interval", type=int, choices=[70, 90, 95], default=90, help=text)
     text = "all but steps: only with --runs"
     parser.add_argument("--x", choices=AXES_OF, default="steps", help=text)
+    text = "a flag of the scripts, without --"
+    parser.add_argument("--over", metavar="FLAG", help=text)
     args = parser.parse_args(argv)
     if args.x != "steps" and not args.runs:
         fail(f"--x {args.x} is not available: {args.results} has only evaluations; use --runs")
@@ -620,6 +698,8 @@ def main(argv: list[str] | None = None) -> None:
         draw(aggregates, len(aggregates), styles, args, out / "aggregate")
     if diagnostics:
         draw(diagnostics, 2, styles, args, out / "panels")
+    if args.over:
+        draw_over(args.over, runs, args, out / "over")
     print("\n".join([*score_table(curves + aggregates, args), "", *threshold_table(curves)]))
 
 

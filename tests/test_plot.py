@@ -463,6 +463,61 @@ def test_runs_of_run_sh_keep_their_flags_apart(tmp_path, drawn):
     assert ours == ["crossq_sac (2 seeds)", "crossq_sac, critic-norm=ln (2 seeds)"]
 
 
+def points_of(axis):
+    """Of each line with error bars: the flag's values and the scores."""
+    return [tuple(map(list, line.get_data())) for line, *_ in axis.containers]
+
+
+def test_scores_over_a_flag(tmp_path, drawn):
+    """Widths are in the names. Only 256 has run for 30 000 steps. Another precision is another
+    setting, and one without a width has no place. Pendulum has one width, and so no panel."""
+    for setting, last, rate in (
+        ("crossq_sac-w256", 30_000, 100),
+        ("crossq_sac-w512", 20_000, 200),
+        ("crossq_sac-w2048-medium", 20_000, 300),
+        ("no_width", 20_000, 400),
+    ):
+        for seed in (1, 2):
+            path = tmp_path / setting / "HalfCheetah-v4" / f"{seed}.csv"
+            write_evaluations(path, seed, last, rate=rate)
+    write_evaluations(tmp_path / "crossq_sac-w256" / "Pendulum-v1" / "1.csv", 1, 20_000)
+    plot.main(["--results", str(tmp_path), "--over", "critic-width"])
+    (axis,) = drawn["over.png"].axes
+    assert axis.get_title() == "HalfCheetah-v4" and axis.get_xscale() == "log"
+    assert axis.get_xticks().tolist() == [256, 512, 2048]
+    at_20, medium, at_30, *published = points_of(axis)
+    assert at_20 == ([256, 512], [2015, 4015]) and medium == ([2048], [6015])
+    interval = axis.containers[0][2][0].get_segments()[0]
+    assert interval.tolist() == [[256, 2010], [256, 2020]]  # of two seeds, their range
+    assert at_30 == ([256 * 1.03], [3015])  # the steps stand side by side
+    assert published == [([2048 * 1.2], [3860.2]), ([2048 * 1.2 * 1.03], [4955.1])]
+    assert labels_of(drawn["over.png"])[:3] == [
+        "crossq_sac, 20,000 steps",
+        "crossq_sac-medium, 20,000 steps",
+        "crossq_sac, 30,000 steps",
+    ]
+
+
+def test_runs_over_a_flag_have_its_value_in_args_json(tmp_path, drawn):
+    """The default too, which is in no name. A flag that is a word has no place on an axis."""
+    for name, flags in (
+        ("crossq_wn_highutd", {"utd": 1, "weight_norm": "hidden"}),
+        ("crossq_wn_highutd+utd=5", {"utd": 5, "weight_norm": "hidden"}),
+        ("crossq_wn_highutd+utd=5+weight-norm=none", {"utd": 5, "weight_norm": "none"}),
+    ):
+        write_run(tmp_path / f"Hopper-v4__{name}__1", "Hopper-v4", 1, **flags)
+    plot.main(["--runs", str(tmp_path), "--over", "utd"])
+    plain, ablated = points_of(drawn["over.png"].axes[0])
+    assert plain == ([1, 5], [2010, 2010]) and ablated == ([5], [2010])
+    labels = labels_of(drawn["over.png"])
+    assert labels == [
+        "crossq_wn_highutd, 20,000 steps",
+        "crossq_wn_highutd, weight-norm=none, 20,000 steps",
+    ]
+    with pytest.raises(SystemExit):
+        plot.main(["--runs", str(tmp_path), "--over", "weight-norm"])
+
+
 def test_what_is_not_there_is_said(tmp_path, capsys):
     write_run(tmp_path / "runs" / "Hopper-v4__crossq_sac__1__1", "Hopper-v4", 1)
     write_run(tmp_path / "named" / "mine", "Hopper-v4", 1)
@@ -474,6 +529,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
         (["--runs", tmp_path / "runs", "--x", "hours"], "has no events of eval/return"),
         (["--runs", tmp_path / "runs", "--x", "both"], "has no events of eval/return"),
         (["--runs", tmp_path / "named"], "of which script?"),
+        (["--runs", tmp_path / "runs", "--over", "utd"], "no task has runs that differ in it"),
     ):
         with pytest.raises(SystemExit) as error:
             plot.main(list(map(str, arguments)))
