@@ -203,7 +203,8 @@ def test_what_it_says():
     agent = bro.Agent(OBS, ACTIONS, bro.Args())
     q = agent.q(agent.critic, torch.zeros(3, OBS), torch.zeros(3, ACTIONS))
     assert q.shape == (2, 3, 100) and agent.target_entropy == -1
-    assert [len([*net.modules()]) for net in agent.critic] and agent.args.utd == 10
+    assert [len(net.blocks) for net in agent.critic] == [2, 2] and agent.args.utd == 10
+    assert [len(net.blocks) for net in (agent.actor, agent.explorer)] == [1, 1]
     assert {
         layer.out_features for layer in layers(agent.critic) if hasattr(layer, "out_features")
     } == {512, 100}
@@ -215,10 +216,59 @@ def test_what_it_says():
         ("duals", 0, 3e-5, 0.5),
     ):
         (group,) = agent.optimizers[name].param_groups
-        assert (group["weight_decay"], group["lr"], group["betas"][0]) == (decay, lr, beta1)
-    weight = agent.critic[0][0].blocks[1][0].weight.detach()
-    torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(512), rtol=0, atol=1e-4)
+        assert (group["weight_decay"], group["lr"]) == (decay, lr)
+        assert (*group["betas"], group["eps"]) == (beta1, 0.999, 1e-8)
+    assert [1 + 1000 * k for k in (15, 50, 250, 500, 750, 1000, 1500, 2000)] == bro.RESETS
     assert bro.Args(fast=True).utd == 2 and bro.Args.suite_defaults("dm_control/dog-run-v0") == {}
+
+
+def test_initial_weights_are_orthogonal():
+    """With a gain of sqrt(2); the log stds' is 1, that of the exploring actor's shift 0.01."""
+    agent = bro.Agent(OBS, ACTIONS, bro.Args())
+
+    def gains(weight):
+        """Of its rows, or of its columns where these are fewer."""
+        weight = weight.detach()
+        products = weight @ weight.T if len(weight) < weight.shape[1] else weight.T @ weight
+        torch.testing.assert_close(products, products.diag().diag(), rtol=0, atol=1e-4)
+        return products.diag().sqrt()
+
+    root = 2**0.5
+    for net, last in (
+        (agent.critic[0], [root] * 100),
+        (agent.critic[1], [root] * 100),
+        (agent.actor, [root] * ACTIONS + [1] * ACTIONS),
+        (agent.explorer, [0.01] * ACTIONS),
+    ):
+        for layer in layers(net)[:-1]:
+            if isinstance(layer, torch.nn.Linear):
+                assert (gains(layer.weight) - root).abs().max() < 1e-4
+        assert gains(net.last.weight).tolist() == pytest.approx(last, rel=1e-4)
+
+
+def test_one_quantile_is_no_other_algorithm():
+    agent, batch = make_agent(n_quantiles=1, n_critics=1), make_batch()
+    assert agent.q(agent.critic, *batch[:2]).shape == (1, B, 1)
+    assert "losses/critic" in agent.update(batch, torch.Generator().manual_seed(0))
+
+
+def test_an_update_is_of_critic_targets_actor_explorer_and_duals_in_this_order():
+    agent, order = make_agent(), []
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    descend, move = agent.descend, agent.move_target
+
+    def noted(name, *rest):
+        order.append(name)
+        return descend(name, *rest)
+
+    agent.descend = noted
+    agent.move_target = lambda: (order.append("target"), move())
+    agent.update(make_batch(), torch.Generator().manual_seed(0))
+    assert order == ["critic", "target", "actor", "alpha", "explorer", "duals"]
+    after = agent.state_dict()
+    for part in ("critic.", "target_critic", "actor.", "log_alpha", "explorer.", "optimism"):
+        moved = [not torch.equal(after[k], before[k]) for k in after if k.startswith(part)]
+        assert any(moved), part
 
 
 def test_fast_has_its_own_utd(capsys):

@@ -46,11 +46,15 @@ class Recorder(TorchDispatchMode):
 def make(script, compiled=False, device="cpu"):
     """A small agent, and a function that updates it once."""
     module = importlib.import_module(script.removesuffix(".py"))
+    extended = importlib.import_module(module.Agent.__base__.__module__)
+    ReplayBuffer = vars(module).get("ReplayBuffer") or extended.ReplayBuffer
     args = module.Args(critic_width=32, actor_width=32, policy_delay=2)
     device = torch.device(device)
     torch.manual_seed(0)
     agent = module.Agent(OBS, ACTIONS, args).to(device)
-    buffer = module.ReplayBuffer(OBS, ACTIONS, module.Args(buffer_size=500), device)
+    buffer = ReplayBuffer(OBS, ACTIONS, module.Args(buffer_size=500), device)
+    for reward in (0.0, 1.0):
+        buffer.add(np.zeros(OBS), np.zeros(ACTIONS), reward, False, np.zeros(OBS))
     buffer.rows.normal_()
     buffer.size = 500
     rng = torch.Generator(device).manual_seed(0)
@@ -75,7 +79,7 @@ def test_operators_per_update(script):
         assert count > 0.9 * measured, "lower the numbers here"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *ALGORITHMS])
 def test_no_operator_waits_for_the_device(script):
     _, update = make(script)
     for _ in range(4):
@@ -150,6 +154,21 @@ def test_gradients_that_lie_in_padded_memory(script):
     plain, padded = updated(1), updated(2)
     assert all(torch.equal(a, b) for a, b in zip(plain, padded))
     assert all(p.grad is None or p.grad.stride() == p.stride() for p in padded)
+
+
+@pytest.mark.parametrize("script", ALGORITHMS)
+def test_every_loss_is_one_graph(script):
+    """Or a run would end at its first compiled update. The backend "eager" takes the graph apart
+    again, so the numbers are those of plain updates."""
+    (plain, update), (agent, update_compiled) = make(script), make(script)
+    agent.gradients = torch.compile(agent.gradients, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=1000):
+        for _ in range(2):  # the second one with an actor update
+            update()
+            info = update_compiled()
+    assert "losses/actor" in info
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(agent.state_dict()[name], value, msg=name)
 
 
 @needs_cuda

@@ -101,6 +101,25 @@ def test_critic_loss_by_formula(double):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
 
 
+def test_actor_loss_by_formula(double):
+    """The lower of both critics' means, from running statistics."""
+    agent, (obs, *_) = make_agent(), make_batch()
+    agent.critic.eval()
+    for norm in agent.critic.norms:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    noise = torch.randn(B, ACTIONS)
+    agent.actor.train()
+    action, log_prob = agent.policy(obs, noise)
+    probs = agent.critic(torch.cat([obs, action], 1)).softmax(-1)
+    q = (probs * torch.linspace(-5, 5, K)).sum(-1)
+    assert set(q.argmin(0).tolist()) == {0, 1}
+    expected = (0.01 * log_prob - torch.minimum(q[0], q[1])).mean()
+    loss, _ = agent.actor_loss(make_batch(), {"noise": noise})
+    torch.testing.assert_close(loss, expected, rtol=1e-8, atol=1e-8)
+    assert not torch.isclose(loss, (0.01 * log_prob - q.mean(0)).mean())
+
+
 def test_what_it_says():
     agent = xqc.Agent(OBS, ACTIONS, xqc.Args())
     logits = agent.critic(torch.zeros(3, OBS + ACTIONS))
@@ -114,6 +133,10 @@ def test_what_it_says():
         and agent.target_entropy == -1
         and agent.alpha().item() == pytest.approx(0.01)
     )
+    for optimizer in agent.optimizers.values():
+        (group,) = optimizer.param_groups
+        assert (*group["betas"], group["eps"]) == (0.9, 0.999, 1e-8)
+        assert group["weight_decay"] == 0 and group["lr"] == 3e-4
     assert xqc.Args.suite_defaults("dm_control/dog-run-v0")["gamma"] == 0.99
     assert (
         xqc.Args.suite_defaults("myoHandReachFixed-v0")["gamma"] == 0.95
@@ -121,9 +144,10 @@ def test_what_it_says():
     )
 
 
-def test_every_neurons_weights_have_norm_1_after_an_update_too():
+def test_every_neurons_weights_have_norm_1_from_the_start_and_after_an_update():
     agent, rng = make_agent(policy_delay=1), torch.Generator().manual_seed(0)
     start = agent.critic.weights[0].clone()
+    torch.testing.assert_close(start.norm(dim=-2), torch.ones(2, 16))
     for _ in range(3):
         agent.update(make_batch(), rng)
     assert not torch.equal(start, agent.critic.weights[0])
@@ -154,6 +178,15 @@ def test_rewards_are_scaled_by_the_deviation_of_discounted_returns():
     assert (stored == rewards.astype(np.float32)).all()  # as they came
     _, _, reward, _, _ = buffer.sample(4000, torch.Generator().manual_seed(0))
     assert sorted(set(reward.tolist())) == pytest.approx(sorted(stored / np.std(returns)), rel=1e-4)
+
+
+def test_the_rates_fall_over_agent_steps(monkeypatch):
+    """1001 environment steps are 501 agent steps of two, of which the last 481 make updates."""
+    agent = make_agent(action_repeat=2, total_timesteps=1001, learning_starts=20)
+    agent.n_updates = 2 * 481
+    monkeypatch.setattr(xqc.crossq_wn_highutd.Agent, "descend", lambda *inputs: None)
+    agent.descend("critic", None)
+    assert agent.optimizers["critic"].param_groups[0]["lr"] == pytest.approx(3e-5)
 
 
 def test_the_rates_fall_to_a_tenth(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ shifts the first one's mean to where an upper bound of Q is high, but not far aw
     python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0 --fast  # BRO (Fast)
 
 The settings are those of the authors' code. Its resets return to the very same initial weights;
-here they are drawn anew. All flags, files and errors are those of sac_baseline.py.
+here they are drawn anew. Its other flags, its files and its errors are those of sac_baseline.py.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import Adam, AdamW
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -45,7 +44,7 @@ class Args(sac_baseline.Args):
     batch_size: int = 128  # transitions
     learning_starts: int = 2500  # random agent steps before the first update
     entropy_factor: float = 0.5  # target entropy: -this * dim(A)
-    fast: bool = False  # BRO (Fast): 2 updates per step, and only the first reset
+    fast: bool = False  # BRO (Fast): UTD 2 in place of the default, and only the first reset
 
     MAY_BE_ZERO = sac_baseline.Args.MAY_BE_ZERO | {"weight_decay", "dual_lr"}
 
@@ -61,9 +60,9 @@ class Args(sac_baseline.Args):
 
 
 class BroNet(nn.Module):
-    """Dense -> norm -> ReLU, then blocks x + (dense -> norm -> ReLU -> dense -> norm)(x)."""
+    """Dense -> norm -> ReLU, blocks x + (dense -> norm -> ReLU -> dense -> norm)(x), dense."""
 
-    def __init__(self, n_in, width, n_blocks):
+    def __init__(self, n_in, width, n_blocks, n_out):
         super().__init__()
 
         def layer(n):
@@ -73,35 +72,25 @@ class BroNet(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(n_blocks):
             self.blocks.append(nn.Sequential(*layer(width), nn.ReLU(), *layer(width)))
+        self.last = nn.Linear(width, n_out)
+        for dense in self.modules():
+            if isinstance(dense, nn.Linear):
+                nn.init.orthogonal_(dense.weight, 2**0.5)
+                nn.init.zeros_(dense.bias)
 
     def forward(self, x):
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
-        return x
+        return self.last(x)
 
 
-class Ensemble(nn.ModuleList):
-    """N networks: [B, n_in] -> [N, B, n_out]."""
-
-    def forward(self, x):
-        return torch.stack([net(x) for net in self])
-
-
-class BoundedStd(nn.Module):
+class Actor(BroNet):
     """Mean and log std [B, 2A], the latter brought between its bounds by tanh."""
 
-    def forward(self, x):
-        mean, log_std = x.chunk(2, -1)
+    def forward(self, obs):
+        mean, log_std = super().forward(obs).chunk(2, -1)
         return torch.cat([mean, between(LOG_STD_MIN, LOG_STD_MAX, log_std)], -1)
-
-
-def orthogonal(layer):
-    """The initialisation of a dense layer; others stay as they are."""
-    if isinstance(layer, nn.Linear):
-        nn.init.orthogonal_(layer.weight, 2**0.5)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
 
 
 def between(low, high, x):
@@ -120,9 +109,9 @@ def quantile_loss(quantiles, target):
     sum over critics and quantiles, mean over the batch and the target's quantiles."""
     k = quantiles.shape[-1]
     error = target[:, None, :] - quantiles[..., None]  # [n_critics, B, K, K of the target]
-    huber = F.huber_loss(error, torch.zeros_like(error), reduction="none")
+    huber = torch.where(error.abs() <= 1, error.square() / 2, error.abs() - 0.5)
     tau = (torch.arange(k, device=error.device) + 0.5)[:, None] / k  # [K, 1], the midpoints
-    loss = (tau - (error < 0).to(error)).abs() * huber
+    loss = torch.where(error < 0, 1 - tau, tau) * huber  # so that a share tau lies below
     return loss.sum(-2).mean((-2, -1)).sum()
 
 
@@ -132,38 +121,40 @@ class Agent(sac_baseline.Agent):
         self.target_entropy = -args.entropy_factor * action_dim
 
     def reset(self):
-        """The exploring actor too, which is a shift of the first one's mean."""
-        width, n_in = self.args.actor_width, self.obs_dim + self.action_dim
-        shift = nn.Linear(width, self.action_dim, bias=False)
-        self.explorer = nn.Sequential(BroNet(n_in, width, 1), shift).apply(orthogonal)
-        nn.init.orthogonal_(shift.weight, 0.01)
+        """The exploring actor and both duals too, before SAC's part makes the optimisers."""
+        n_in, width = self.obs_dim + self.action_dim, self.args.actor_width
+        self.explorer = BroNet(n_in, width, 1, self.action_dim)
+        self.explorer.last = nn.Linear(width, self.action_dim, bias=False)
+        nn.init.orthogonal_(self.explorer.last.weight, 0.01)  # it begins as the actor
         self.optimism, self.kl_weight = dual(1.0), dual(0.25)
         super().reset()
 
     def make_critic(self):
-        """Quantiles of the return: [B, O + A] -> [n_critics, B, n_quantiles]."""
         args, n_in = self.args, self.obs_dim + self.action_dim
-        critics = Ensemble()
-        for _ in range(args.n_critics):
-            head = nn.Linear(args.critic_width, args.n_quantiles)
-            critics.append(nn.Sequential(BroNet(n_in, args.critic_width, 2), head))
-        return critics.apply(orthogonal)
+        sizes = n_in, args.critic_width, 2, args.n_quantiles
+        return nn.ModuleList(BroNet(*sizes) for _ in range(args.n_critics))
 
     def make_actor(self):
-        width = self.args.actor_width
-        head = nn.Linear(width, 2 * self.action_dim)
-        return nn.Sequential(BroNet(self.obs_dim, width, 1), head, BoundedStd()).apply(orthogonal)
+        actor = Actor(self.obs_dim, self.args.actor_width, 1, 2 * self.action_dim)
+        actor.last.weight.data[self.action_dim :] /= 2**0.5  # the log stds' gain is 1
+        return actor
 
     def make_optimizers(self):
-        args, beta1 = self.args, self.args.adam_beta1
-        optimizers = {"alpha": Adam([self.log_alpha], args.alpha_lr, (0.5, 0.999), fused=True)}
-        duals = [self.optimism, self.kl_weight]
-        optimizers["duals"] = Adam(duals, args.dual_lr, (0.5, 0.999), fused=True)
-        lrs = {"critic": args.critic_lr, "actor": args.actor_lr, "explorer": args.actor_lr}
-        for name, lr in lrs.items():
-            options = {"betas": (beta1, 0.999), "weight_decay": args.weight_decay, "fused": True}
-            optimizers[name] = AdamW(getattr(self, name).parameters(), lr, **options)
-        return optimizers
+        args = self.args
+        slow = {"betas": (args.adam_beta1, 0.999), "weight_decay": args.weight_decay, "fused": True}
+        quick = {"betas": (0.5, 0.999), "fused": True}
+        return {
+            "critic": AdamW(self.critic.parameters(), args.critic_lr, **slow),
+            "actor": AdamW(self.actor.parameters(), args.actor_lr, **slow),
+            "explorer": AdamW(self.explorer.parameters(), args.actor_lr, **slow),
+            "alpha": Adam([self.log_alpha], args.alpha_lr, **quick),
+            "duals": Adam([self.optimism, self.kl_weight], args.dual_lr, **quick),
+        }
+
+    def q(self, critic, obs, action):
+        """The quantiles of the return: [n_critics, B, K]."""
+        pair = torch.cat([obs, action], -1)
+        return torch.stack([net(pair) for net in critic])
 
     def target_q(self, next_q, draws):
         """The quantiles' means over the critics, no minimum: [n_critics, B, K] -> [B, K]."""
@@ -217,12 +208,14 @@ class Agent(sac_baseline.Agent):
         return (optimism - kl_weight) * (kl - KL_TARGET), info
 
     def update(self, batch, rng):
+        """SAC's update, then the exploring actor's and the duals'; before it a reset, if due."""
         args = self.args
+        # The agent step that this update belongs to, counted from 1.
         agent_step = args.learning_starts + self.n_updates // args.utd + 1
         resets = RESETS[:1] if args.fast else RESETS
         if self.n_updates % args.utd == 0 and agent_step in resets:
             self.reset()
-            self.to(rng.device)
+            self.to(rng.device)  # a reset makes them on the CPU
         info = super().update(batch, rng)
         info |= self.descend("explorer", self.explorer_loss, batch, self.draw(batch, rng))
         return info | self.descend("duals", self.dual_loss, info["diagnostics/kl"])

@@ -9,7 +9,9 @@ mean.
     python benchmark/algorithms/droq.py --critic-lr 3e-4 --actor-lr 3e-4 --alpha-lr 3e-4  # its own
     python benchmark/algorithms/droq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 15
 
-All flags, files and errors are those of sac_baseline.py.
+With the second command DroQ still has -dim(A) as its target entropy; its authors have MBPO's, -1 on
+Hopper and -3 on HalfCheetah, and a dropout for each task. Its other flags, its files and its errors
+are those of sac_baseline.py.
 """
 
 import dataclasses
@@ -67,8 +69,8 @@ class Agent(sac_baseline.Agent):
         return DropoutMLP(n_in, args.critic_width, 1, args.dropout, ensemble=(args.n_critics,))
 
     def draw(self, batch, rng):
-        """The dropout of both networks too. It comes from the run's generator, so that a resume is
-        exact."""
+        """Also the uniform numbers that decide what is dropped, in critic and target. They come
+        from the run's generator, so that a resume is exact."""
         shape = 2, self.args.n_critics, len(batch[0]), self.args.critic_width
         draws = super().draw(batch, rng)
         for name in ("critic", "target"):

@@ -1,9 +1,9 @@
 """SR-SAC: scaled-by-resetting SAC (D'Oro et al., ICLR 2023, OpenReview OpC-9aBBVJe).
 
 SAC with 32 updates per step. A network that is trained so much on little data learns less from what
-comes later. So after every 2.56 million updates, which are 80 000 agent steps, actor, critics,
-target, temperature and optimisers begin anew, while the replay buffer stays. The fresh policy acts
-at once.
+comes later. So after every 2.56 million updates, at UTD 32 every 80 000 agent steps, actor,
+critics, target, temperature and optimisers begin anew, while the replay buffer stays. The fresh
+policy acts at once.
 
     python benchmark/algorithms/sr_sac.py --env-id dm_control/cheetah-run-v0
     python benchmark/algorithms/sr_sac.py --env-id dm_control/cheetah-run-v0 --utd 8
@@ -12,8 +12,7 @@ at once.
 The settings are those of CrossQ + WN's paper; the last command is SR-SAC's own, without action
 repeat. The authors' code resets at the next evaluation, and to the very same initial weights. Here
 the reset comes when it is due, and the weights are new. Log stds are cut to [-20, 2]; there they
-are squashed into [-10, 2]. All flags, files and errors are those of
-sac_baseline.py.
+are squashed into [-10, 2]. Its other flags, its files and its errors are those of sac_baseline.py.
 """
 
 import dataclasses
@@ -48,10 +47,11 @@ class Agent(sac_baseline.Agent):
         self.target_entropy = -args.entropy_factor * action_dim
 
     def update(self, batch, rng):
+        """SAC's update, and after every reset_every-th one a reset."""
         info = super().update(batch, rng)
         if self.n_updates % self.args.reset_every == 0:
             self.reset()
-            self.to(rng.device)
+            self.to(rng.device)  # a reset makes them on the CPU
         return info
 
 

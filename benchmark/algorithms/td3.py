@@ -6,11 +6,11 @@ first critic alone.
 
     python benchmark/algorithms/td3.py --env-id Walker2d-v4
     python benchmark/algorithms/td3.py --env-id Walker2d-v4 --learning-starts 25000  # the original
-    python benchmark/algorithms/td3.py --critic-lr 1e-3 --actor-lr 1e-3  # the paper's rates: faster
+    python benchmark/algorithms/td3.py --critic-lr 1e-3 --actor-lr 1e-3  # the paper's rates
 
 CrossQ's paper does not say how its plain TD3 was run, so these are the authors' settings, except
-for the random steps, of which all algorithms here take 5000. All flags, files and errors are those
-of crossq_td3.py.
+for the random steps, of which all algorithms here take 5000. Flags, files and errors are those of
+crossq_td3.py, without --brn-warmup and with --tau.
 """
 
 import copy
@@ -89,6 +89,7 @@ class Agent(crossq_td3.Agent):
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
     def update(self, batch, rng):
+        """CrossQ-TD3's update; the targets follow where the actor has moved."""
         info = super().update(batch, rng)
         if self.n_updates % self.args.policy_delay == 0:
             self.move_targets()

@@ -10,7 +10,8 @@ weight-normalised too. Two updates per step are enough.
 
 The learning rates fall over the whole run, all alike, so a run that is extended differs from one
 that was long from the start. In the authors' code the actor's running statistics move at every
-update, here at the actor's alone. All flags, files and errors are those of crossq_wn_highutd.py.
+update, here at the actor's alone. Flags, files and errors are those of crossq_wn_highutd.py,
+without --weight-decay and with --lr-end.
 """
 
 import dataclasses
@@ -184,9 +185,9 @@ class Agent(crossq_wn_highutd.Agent):
         """The learning rates fall linearly over the run's updates."""
         args = self.args
         agent_steps = math.ceil(args.total_timesteps / args.action_repeat) - args.learning_starts
-        done = min(1.0, self.n_updates / (agent_steps * args.utd))
+        progress = self.n_updates / (agent_steps * args.utd)
         for group in self.optimizers[name].param_groups:
-            group["lr"] = getattr(args, f"{name}_lr") * (1 - (1 - args.lr_end) * done)
+            group["lr"] = getattr(args, f"{name}_lr") * (1 - (1 - args.lr_end) * progress)
         return super().descend(name, loss, *inputs)
 
 
