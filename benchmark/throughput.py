@@ -470,6 +470,10 @@ def main() -> int:
     ok["--start-updates must be at least 0"] = args.start_updates >= 0
     numbers = (args.rounds, args.steps, args.warmup, *args.threads, *args.widths)
     ok["--rounds, --steps, --warmup, --threads and --widths must be at least 1"] = min(numbers) >= 1
+    if args.device == "cuda":
+        import torch  # takes seconds
+
+        ok["--device cuda: there is none"] = torch.cuda.is_available()
     for error in (message for message, fine in ok.items() if not fine):
         print(f"throughput.py: error: {error}", file=sys.stderr)
         return 2

@@ -232,6 +232,15 @@ def test_a_measurement(run_script, tmp_path):
     assert again.stderr == "throughput.py: error: throughput.csv exists already\n"
 
 
+def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", "throughput.py --only sac_baseline --device cuda".split())
+    assert throughput.main() == 2
+    assert capsys.readouterr().err == "throughput.py: error: --device cuda: there is none\n"
+    assert not [*tmp_path.iterdir()]
+
+
 def test_table2_measures_its_own_contenders(tmp_path, monkeypatch):
     """--table2 takes the paper's contenders and widths, without the start if that is not wanted;
     the ratios come after the table of speeds."""
