@@ -29,7 +29,7 @@ import sac_baseline  # noqa: E402
 class Args(sac_baseline.Args):
     dropout: float = 0.01  # share of hidden units that are dropped
     utd: int = 20  # critic updates per agent step (update-to-data ratio)
-    policy_delay: int = 20  # critic updates per actor update
+    policy_delay: int = 20  # critic updates per actor update; at UTD 20 once per agent step
 
     MAY_BE_ZERO = sac_baseline.Args.MAY_BE_ZERO | {"dropout"}
     AT_MOST = sac_baseline.Args.AT_MOST | {"dropout": 0.999}

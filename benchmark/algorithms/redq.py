@@ -28,7 +28,7 @@ class Args(sac_baseline.Args):
     n_critics: int = 10  # Q-functions (the paper's N)
     n_target_critics: int = 2  # of them, drawn anew for each update's target (the paper's M)
     utd: int = 20  # critic updates per agent step (the paper's G)
-    policy_delay: int = 20  # critic updates per actor update
+    policy_delay: int = 20  # critic updates per actor update; at UTD 20 once per agent step
 
     @staticmethod
     def suite_defaults(env_id):
