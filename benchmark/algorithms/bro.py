@@ -9,7 +9,7 @@ shifts the first one's mean to where an upper bound of Q is high, but not far aw
     python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0 --fast  # BRO (Fast)
 
 The settings are those of the authors' code. Its resets return to the very same initial weights;
-here they are drawn anew. Its other flags, its files and its errors are those of sac_baseline.py.
+here they are drawn anew. Other flags, files and errors are those of sac_baseline.py.
 """
 
 import dataclasses

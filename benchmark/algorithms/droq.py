@@ -10,8 +10,8 @@ mean.
     python benchmark/algorithms/droq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 15
 
 With the second command DroQ still has -dim(A) as its target entropy; its authors have MBPO's, -1 on
-Hopper and -3 on HalfCheetah, and a dropout for each task. Its other flags, its files and its errors
-are those of sac_baseline.py.
+Hopper and -3 on HalfCheetah, and a dropout for each task. Other flags, files and errors are those
+of sac_baseline.py.
 """
 
 import dataclasses

@@ -9,8 +9,7 @@ and the actor maximises the mean over all ten.
     python benchmark/algorithms/redq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 14
 
 With the second command REDQ still has -dim(A) as its target entropy; its authors have MBPO's, -1 on
-Hopper and -3 on HalfCheetah. Its other flags, its files and its errors are those of
-sac_baseline.py.
+Hopper and -3 on HalfCheetah. Other flags, files and errors are those of sac_baseline.py.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ policy acts at once.
 The settings are those of CrossQ + WN's paper; the last command is SR-SAC's own, without action
 repeat. The authors' code resets at the next evaluation, and to the very same initial weights. Here
 the reset comes when it is due, and the weights are new. Log stds are cut to [-20, 2]; there they
-are squashed into [-10, 2]. Its other flags, its files and its errors are those of sac_baseline.py.
+are squashed into [-10, 2]. Other flags, files and errors are those of sac_baseline.py.
 """
 
 import dataclasses
