@@ -1,6 +1,7 @@
 """benchmark/algorithms/xqc.py: atoms, projection, weight norm, reward scaling, learning rates."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,18 @@ def test_the_rates_fall_over_agent_steps(monkeypatch):
     monkeypatch.setattr(xqc.crossq_wn_highutd.Agent, "descend", lambda *inputs: None)
     agent.descend("critic", None)
     assert agent.optimizers["critic"].param_groups[0]["lr"] == pytest.approx(3e-5)
+
+
+def test_a_short_run_with_the_docstrings_lr_end_is_the_beginning_of_a_long_one(monkeypatch):
+    lr_end = float(re.search(r"--lr-end ([\d.]+)", xqc.__doc__)[1])
+    monkeypatch.setattr(xqc.crossq_wn_highutd.Agent, "descend", lambda *inputs: None)
+    rates = []
+    for flags in {"total_timesteps": 1_000_000}, {"total_timesteps": 50_000, "lr_end": lr_end}:
+        agent = make_agent(**flags, learning_starts=5000)
+        for agent.n_updates in (0, 45_000, 90_000):
+            agent.descend("critic", None)
+            rates.append(agent.optimizers["critic"].param_groups[0]["lr"])
+    assert rates[:3] == pytest.approx(rates[3:], rel=1e-5) and rates[0] > rates[1] > rates[2]
 
 
 def test_the_rates_fall_to_a_tenth(tmp_path, monkeypatch):
