@@ -46,7 +46,7 @@ def test_without_a_compiler_or_pythons_headers(main, whole, tmp_path, missing): 
         program += "sysconfig.get_path = lambda *_, **__: '/no/such/folder'\n"
     program += "sys.exit(crossq_sac.main())"
     env = environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    env["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # it tries the processor's instructions for ten seconds
+    env["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # or it tries them out for ten seconds
     env["PYTHONPATH"] += f":{ROOT}"
     if missing == "compiler":
         env["CXX"] = "/no/such/g++"
