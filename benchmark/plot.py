@@ -103,13 +103,15 @@ PUBLISHED = [
      "TD3 on gym's -v1 (its repository); band: its 10 seeds", "-."),
     ("rivals.csv", "BRO(utd10)", "min max",
      f"BRO, UTD 10 ({SOURCE}); band: its seeds", (0, (4, 1, 1, 1))),
+    ("rivals.csv", "BRO(utd2)", "min max",
+     f"BRO (Fast), UTD 2 ({SOURCE}); band: its seeds", (0, (3, 1, 1, 1, 1, 1))),
     ("rivals.csv", "XQC(utd2)", "", "XQC, UTD 2 (its repository)", (0, (2, 1, 1, 1))),
     ("rivals.csv", "SR-SAC(utd32)", "", "SR-SAC, UTD 32 (its repository)", (0, (6, 1, 1, 1, 1, 1))),
 ]  # fmt: skip
 # Of the published algorithms that have a single point somewhere.
 MARKERS = {None: "o", "SAC(utd1)": "s", "BRO(utd10)": "D", "SimBa(utd2)": "^"}
 MARKERS |= {"REDQ(utd20)": "P", "DroQ(utd20)": "X", "XQC(utd2)": "v", "SR-SAC(utd32)": "*"}
-MARKERS |= {"TD3(gym v1)": "d"}
+MARKERS |= {"TD3(gym v1)": "d", "BRO(utd2)": "p"}
 OVER_STEPS = [20_000, 30_000, 50_000, 100_000, 300_000, 1_000_000]  # of --over
 PUBLISHED_WIDTH = 2048  # of the published CrossQ
 WINDOW = 16_666  # environment steps over which the published steps to a return were smoothed

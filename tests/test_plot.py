@@ -189,6 +189,7 @@ def test_rivals_are_shown_beside_their_programs_alone(tmp_path, capsys):
         "DroQ(utd20)",
         "TD3(gym v1)",
         "BRO(utd10)",
+        "BRO(utd2)",
         "XQC(utd2)",
     ]
     write_evaluations(tmp_path / "td3" / "HalfCheetah-v4" / "1.csv", 1, 50_000)
