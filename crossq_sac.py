@@ -85,7 +85,7 @@ class Args:
 
     @staticmethod
     def suite_defaults(env_id):
-        """What differs on DeepMind Control (appendix A.1) and on MyoSuite."""
+        """DeepMind Control: appendix A.1. MyoSuite and the action repeat: as CrossQ + WN."""
         dmc = {"action_repeat": 2, "policy_delay": 1}
         dmc |= {"critic_lr": 8e-4, "actor_lr": 8e-4, "alpha_lr": 8e-4}
         myo = {"action_repeat": 2, "gamma": 0.95}
@@ -98,13 +98,13 @@ class Args:
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the rows of x [..., B, F].
 
-    In training, x is normalised by its own mean and std and then moved to where the running ones
-    would put it: times r = std / running_std, plus d = (mean - running_mean) / running_std. Both
-    are clipped and carry no gradient. In the first `warmup` training forwards r = 1 and d = 0,
+    In training, x is normalised by its own mean and std and then corrected to what the running
+    ones would give: times r = std / running_std, plus d = (mean - running_mean) / running_std.
+    Both are clipped and carry no gradient. In the first `warmup` training forwards r = 1 and d = 0,
     which is batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side.
     """
 
-    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # momentum: of the old statistics
+    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # momentum 0.99 is PyTorch's 0.01
 
     def __init__(self, shape, warmup=100_000):
         super().__init__()
@@ -127,7 +127,7 @@ class BatchRenorm(nn.Module):
             warmed_up = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
             r = (std / running_std).clamp(1 / self.r_max, self.r_max)
             d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
-            self.r = torch.where(warmed_up, r, 1.0)  # kept, to be looked at: benchmark/probe.py
+            self.r = torch.where(warmed_up, r, 1.0)  # kept for benchmark/probe.py
             self.d = torch.where(warmed_up, d, 0.0)
             # Only now do the statistics move: r and d are made of the old ones.
             self.running_mean.lerp_(mean, 1 - self.momentum)
@@ -148,7 +148,7 @@ class MLP(nn.Module):
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for n, m in ((n_in, width), (width, width), (width, n_out)):
-            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as the official code
+            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as in CrossQ's code
             weight = torch.empty(*ensemble, n, m)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
             self.norms.append(BatchRenorm((*ensemble, 1, n), brn_warmup))
@@ -175,7 +175,7 @@ class Agent(nn.Module):
         self.reset()
 
     def reset(self):
-        """Fresh networks and optimisers, from PyTorch's global generator."""
+        """Fresh networks and optimisers. Algorithms with resets call it again."""
         self.critic = self.make_critic()
         self.actor = self.make_actor()
         self.log_alpha = nn.Parameter(torch.tensor(math.log(self.args.alpha)))
@@ -205,7 +205,7 @@ class Agent(nn.Module):
         log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # Minus log(1 - tanh(u)^2), for the change of variables, in a form that cannot overflow.
+        # Minus log(1 - tanh(u)^2), for the change of variables, in a form that stays finite.
         log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return u.tanh(), log_prob.sum(-1)
 
@@ -214,11 +214,11 @@ class Agent(nn.Module):
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
 
     def alpha(self):
-        """The temperature; learnt by its logarithm, so above 0."""
+        """The temperature; learnt as its logarithm, so positive."""
         return self.log_alpha.exp()
 
     def target_q(self, next_q, draws):
-        """From [n_critics, B] to the target's [B]; `draws` is for subclasses."""
+        """From [n_critics, B] to the target's [B]; subclasses use `draws`, see draw."""
         return next_q.min(0).values
 
     def actor_q(self, q):
@@ -228,13 +228,13 @@ class Agent(nn.Module):
     def critic_loss(self, batch, draws):
         """Half the squared Bellman error: mean over the batch, sum over the critics."""
         obs, action, reward, terminated, next_obs = batch
-        self.actor.eval()  # only the network that is trained uses batch statistics
+        self.actor.eval()  # not trained here: it uses its running statistics
         with torch.no_grad():
             next_action, next_log_prob = self.policy(next_obs, draws["noise"])
 
-        # The joint pass (figure 2). One forward of 2B rows normalises both halves by the mean and
-        # variance of their mixture. The target is detached, and yet (s', a') takes part in q's
-        # gradient through these shared statistics: two passes would be another algorithm.
+        # The joint pass (figure 2). One forward of 2B rows normalises both halves by the
+        # statistics of their mixture. The target is detached, and yet (s', a') takes part in q's
+        # gradient through these statistics: two passes would be another algorithm.
         self.critic.train()
         both_obs = torch.cat([obs, next_obs])  # [2B, O]
         both_actions = torch.cat([action, next_action])  # [2B, A]
@@ -261,7 +261,7 @@ class Agent(nn.Module):
         return alpha * (entropy - self.target_entropy), {"diagnostics/alpha": alpha}
 
     def draw(self, batch, rng):
-        """The randomness of one update, made outside compiled code: the policy's noise [B, A]."""
+        """The policy's noise [B, A]; not drawn in compiled code, which takes no generator."""
         return {"noise": torch.randn(batch[1].shape, generator=rng, device=rng.device)}
 
     def update(self, batch, rng):
@@ -273,21 +273,21 @@ class Agent(nn.Module):
             info |= self.descend("alpha", self.alpha_loss, info["diagnostics/entropy"])
         return info
 
-    def descend(self, name, loss, *inputs):
-        """One step of the named optimiser. It differentiates by that optimiser's own parameters
-        alone, so no other network needs freezing."""
+    def descend(self, name, loss_fn, *inputs):
+        """One step of the named optimiser. Its own parameters alone get gradients, so no other
+        network needs freezing."""
         optimizer = self.optimizers[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients, info = self.gradients(loss, parameters, *inputs)
+        gradients, info = self.gradients(loss_fn, parameters, *inputs)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient.contiguous()  # CUDA's fused Adam refuses padding
+            parameter.grad = gradient.contiguous()  # CUDA refuses padding, which compiling adds
         optimizer.step()
         return info
 
-    def gradients(self, loss, parameters, *inputs):
+    def gradients(self, loss_fn, parameters, *inputs):
         """The part of a step that is compiled."""
-        value, info = loss(*inputs)
-        gradients = torch.autograd.grad(value, parameters)
+        loss, info = loss_fn(*inputs)
+        gradients = torch.autograd.grad(loss, parameters)
         return gradients, {name: scalar.detach() for name, scalar in info.items()}
 
     def random_action(self, rng):
@@ -346,7 +346,7 @@ def train(run, eval_env, evaluate):
         # would come after it still has a value, so the target bootstraps.
         buffer.add(run.obs, action, reward, terminated, next_obs)
         run.obs = next_obs
-        run.actions.append(action.tolist())
+        run.actions.append(action.tolist())  # for a resume
         run.step += args.action_repeat
         check_finite(run.step, observation=next_obs, reward=reward)
         if terminated or truncated:

@@ -1,8 +1,8 @@
 """CrossQ on TD3, in one file (Bhatt et al., ICLR 2024, arXiv 1902.05605, section 4.1).
 
-What makes CrossQ of SAC in crossq_sac.py is done to TD3 (Fujimoto et al., ICML 2018, arXiv
-1802.09477): no target networks, neither of critic nor actor; in exchange batch renormalisation, one
-joint forward pass of the critic over (s, a) and (s', a'), and wider critics.
+TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477), changed as SAC is in crossq_sac.py: no target
+networks, neither of critic nor actor; in exchange batch renormalisation, one joint forward pass of
+the critic over (s, a) and (s', a'), and wider critics.
 
     python crossq_td3.py --env-id Walker2d-v4                        # the paper's setting
     python crossq_td3.py --env-id HalfCheetah-v4 --critic-width 256  # "CrossQ small", for a CPU
@@ -87,7 +87,7 @@ class Args:
 
     @staticmethod
     def suite_defaults(env_id):
-        """What differs on DeepMind Control (appendix A.1) and on MyoSuite."""
+        """DeepMind Control: appendix A.1. MyoSuite and the action repeat: as CrossQ + WN."""
         dmc = {"action_repeat": 2, "policy_delay": 1}
         dmc |= {"critic_lr": 8e-4, "actor_lr": 8e-4}
         myo = {"action_repeat": 2, "gamma": 0.95}
@@ -100,13 +100,13 @@ class Args:
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the rows of x [..., B, F].
 
-    In training, x is normalised by its own mean and std and then moved to where the running ones
-    would put it: times r = std / running_std, plus d = (mean - running_mean) / running_std. Both
-    are clipped and carry no gradient. In the first `warmup` training forwards r = 1 and d = 0,
+    In training, x is normalised by its own mean and std and then corrected to what the running
+    ones would give: times r = std / running_std, plus d = (mean - running_mean) / running_std.
+    Both are clipped and carry no gradient. In the first `warmup` training forwards r = 1 and d = 0,
     which is batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side.
     """
 
-    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # momentum: of the old statistics
+    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # momentum 0.99 is PyTorch's 0.01
 
     def __init__(self, shape, warmup=100_000):
         super().__init__()
@@ -129,7 +129,7 @@ class BatchRenorm(nn.Module):
             warmed_up = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
             r = (std / running_std).clamp(1 / self.r_max, self.r_max)
             d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
-            self.r = torch.where(warmed_up, r, 1.0)  # kept, to be looked at: benchmark/probe.py
+            self.r = torch.where(warmed_up, r, 1.0)  # kept for benchmark/probe.py
             self.d = torch.where(warmed_up, d, 0.0)
             # Only now do the statistics move: r and d are made of the old ones.
             self.running_mean.lerp_(mean, 1 - self.momentum)
@@ -150,7 +150,7 @@ class MLP(nn.Module):
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for n, m in ((n_in, width), (width, width), (width, n_out)):
-            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as the official code
+            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as in CrossQ's code
             weight = torch.empty(*ensemble, n, m)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
             self.norms.append(BatchRenorm((*ensemble, 1, n), brn_warmup))
@@ -176,7 +176,7 @@ class Agent(nn.Module):
         self.reset()
 
     def reset(self):
-        """Fresh networks and optimisers, from PyTorch's global generator."""
+        """Fresh networks and optimisers. Algorithms with resets call it again."""
         self.critic = self.make_critic()
         self.actor = self.make_actor()
         self.optimizers = self.make_optimizers()
@@ -207,7 +207,7 @@ class Agent(nn.Module):
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
 
     def target_q(self, next_q, draws):
-        """From [n_critics, B] to the target's [B]; `draws` is for subclasses."""
+        """From [n_critics, B] to the target's [B]; subclasses use `draws`, see draw."""
         return next_q.min(0).values
 
     def actor_q(self, q):
@@ -217,15 +217,15 @@ class Agent(nn.Module):
     def critic_loss(self, batch, draws):
         """Half the squared Bellman error: mean over the batch, sum over the critics."""
         obs, action, reward, terminated, next_obs = batch
-        self.actor.eval()  # only the network that is trained uses batch statistics
+        self.actor.eval()  # not trained here: it uses its running statistics
         with torch.no_grad():
             clip = self.args.target_noise_clip
             noise = (self.args.target_noise * draws["noise"]).clamp(-clip, clip)
             next_action = (self.policy(next_obs) + noise).clamp(-1, 1)
 
-        # The joint pass (figure 2). One forward of 2B rows normalises both halves by the mean and
-        # variance of their mixture. The target is detached, and yet (s', a') takes part in q's
-        # gradient through these shared statistics: two passes would be another algorithm.
+        # The joint pass (figure 2). One forward of 2B rows normalises both halves by the
+        # statistics of their mixture. The target is detached, and yet (s', a') takes part in q's
+        # gradient through these statistics: two passes would be another algorithm.
         self.critic.train()
         both_obs = torch.cat([obs, next_obs])  # [2B, O]
         both_actions = torch.cat([action, next_action])  # [2B, A]
@@ -247,7 +247,7 @@ class Agent(nn.Module):
         return loss, {"losses/actor": loss}
 
     def draw(self, batch, rng):
-        """The randomness of a critic update, made outside compiled code: noise [B, A] on a'."""
+        """The noise [B, A] on a'; not drawn in compiled code, which takes no generator."""
         return {"noise": torch.randn(batch[1].shape, generator=rng, device=rng.device)}
 
     def update(self, batch, rng):
@@ -258,21 +258,21 @@ class Agent(nn.Module):
             info |= self.descend("actor", self.actor_loss, batch)
         return info
 
-    def descend(self, name, loss, *inputs):
-        """One step of the named optimiser. It differentiates by that optimiser's own parameters
-        alone, so no other network needs freezing."""
+    def descend(self, name, loss_fn, *inputs):
+        """One step of the named optimiser. Its own parameters alone get gradients, so no other
+        network needs freezing."""
         optimizer = self.optimizers[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients, info = self.gradients(loss, parameters, *inputs)
+        gradients, info = self.gradients(loss_fn, parameters, *inputs)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient.contiguous()  # CUDA's fused Adam refuses padding
+            parameter.grad = gradient.contiguous()  # CUDA refuses padding, which compiling adds
         optimizer.step()
         return info
 
-    def gradients(self, loss, parameters, *inputs):
+    def gradients(self, loss_fn, parameters, *inputs):
         """The part of a step that is compiled."""
-        value, info = loss(*inputs)
-        gradients = torch.autograd.grad(value, parameters)
+        loss, info = loss_fn(*inputs)
+        gradients = torch.autograd.grad(loss, parameters)
         return gradients, {name: scalar.detach() for name, scalar in info.items()}
 
     def random_action(self, rng):
@@ -332,7 +332,7 @@ def train(run, eval_env, evaluate):
         # would come after it still has a value, so the target bootstraps.
         buffer.add(run.obs, action, reward, terminated, next_obs)
         run.obs = next_obs
-        run.actions.append(action.tolist())
+        run.actions.append(action.tolist())  # for a resume
         run.step += args.action_repeat
         check_finite(run.step, observation=next_obs, reward=reward)
         if terminated or truncated:

@@ -4,7 +4,7 @@ CrossQ for many updates per step. Batch norm makes a layer blind to the scale of
 it; these tend to grow, and the same step turns a longer vector less. So each neuron's weights are
 projected back to norm 1 after every update. Target networks return, with CrossQ's joint pass.
 
-    python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0   # the paper's setting, UTD 5
+    python crossq_wn_highutd.py --env-id dm_control/dog-walk-v0   # UTD 5
     python crossq_wn_highutd.py --env-id Walker2d-v4 --utd 2 --critic-width 256  # for a CPU
 """
 
@@ -96,7 +96,7 @@ class Args:
 
 class BatchNorm(nn.Module):
     """Batch normalisation over the rows of x [..., B, F]; `shape` is (1, F), or (N, 1, F) for N
-    networks side by side. With track_running_stats = False the running statistics stay."""
+    networks side by side. track_running_stats = False freezes the running statistics."""
 
     momentum, eps, track_running_stats = 0.99, 1e-3, True
 
@@ -132,7 +132,7 @@ class MLP(nn.Module):
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for n, m in ((n_in, width), (width, width), (width, n_out)):
-            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as the official code
+            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as in CrossQ's code
             weight = torch.empty(*ensemble, n, m)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
             self.norms.append(BatchNorm((*ensemble, 1, n)))
@@ -168,7 +168,7 @@ class Agent(nn.Module):
         self.reset()
 
     def reset(self):
-        """Fresh networks and optimisers, from PyTorch's global generator."""
+        """Fresh networks and optimisers. Algorithms with resets call it again."""
         self.critic = self.make_critic()
         self.target_critic = self.make_critic()
         self.target_critic.load_state_dict(self.critic.state_dict())
@@ -204,7 +204,7 @@ class Agent(nn.Module):
         log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # Minus log(1 - tanh(u)^2), for the change of variables, in a form that cannot overflow.
+        # Minus log(1 - tanh(u)^2), for the change of variables, in a form that stays finite.
         log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return u.tanh(), log_prob.sum(-1)
 
@@ -213,11 +213,11 @@ class Agent(nn.Module):
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
 
     def alpha(self):
-        """The temperature; learnt by its logarithm, so above 0."""
+        """The temperature; learnt as its logarithm, so positive."""
         return self.log_alpha.exp()
 
     def target_q(self, next_q, draws):
-        """From [n_critics, B] to the target's [B]; `draws` is for subclasses."""
+        """From [n_critics, B] to the target's [B]; subclasses use `draws`, see draw."""
         return next_q.min(0).values
 
     def actor_q(self, q):
@@ -227,7 +227,7 @@ class Agent(nn.Module):
     def critic_loss(self, batch, draws):
         """Half the squared Bellman error: mean over the batch, sum over the critics."""
         obs, action, reward, terminated, next_obs = batch
-        self.actor.eval()  # only the network that is trained uses batch statistics
+        self.actor.eval()  # not trained here: it uses its running statistics
         with torch.no_grad():
             next_action, next_log_prob = self.policy(next_obs, draws["noise"])
 
@@ -263,7 +263,7 @@ class Agent(nn.Module):
         return alpha * (entropy - self.target_entropy), {"diagnostics/alpha": alpha}
 
     def draw(self, batch, rng):
-        """The randomness of one update, made outside compiled code: the policy's noise [B, A]."""
+        """The policy's noise [B, A]; not drawn in compiled code, which takes no generator."""
         return {"noise": torch.randn(batch[1].shape, generator=rng, device=rng.device)}
 
     def update(self, batch, rng):
@@ -284,21 +284,21 @@ class Agent(nn.Module):
         for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
             target.lerp_(source, self.args.tau)
 
-    def descend(self, name, loss, *inputs):
-        """One step of the named optimiser. It differentiates by that optimiser's own parameters
-        alone, so no other network needs freezing."""
+    def descend(self, name, loss_fn, *inputs):
+        """One step of the named optimiser. Its own parameters alone get gradients, so no other
+        network needs freezing."""
         optimizer = self.optimizers[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients, info = self.gradients(loss, parameters, *inputs)
+        gradients, info = self.gradients(loss_fn, parameters, *inputs)
         for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient.contiguous()  # CUDA's fused Adam refuses padding
+            parameter.grad = gradient.contiguous()  # CUDA refuses padding, which compiling adds
         optimizer.step()
         return info
 
-    def gradients(self, loss, parameters, *inputs):
+    def gradients(self, loss_fn, parameters, *inputs):
         """The part of a step that is compiled."""
-        value, info = loss(*inputs)
-        gradients = torch.autograd.grad(value, parameters)
+        loss, info = loss_fn(*inputs)
+        gradients = torch.autograd.grad(loss, parameters)
         return gradients, {name: scalar.detach() for name, scalar in info.items()}
 
     def random_action(self, rng):
@@ -357,7 +357,7 @@ def train(run, eval_env, evaluate):
         # would come after it still has a value, so the target bootstraps.
         buffer.add(run.obs, action, reward, terminated, next_obs)
         run.obs = next_obs
-        run.actions.append(action.tolist())
+        run.actions.append(action.tolist())  # for a resume
         run.step += args.action_repeat
         check_finite(run.step, observation=next_obs, reward=reward)
         if terminated or truncated:

@@ -126,8 +126,8 @@ def ablate_norms(script):
         def actor_q(self, q):
             return q.mean(0) if self.args.q_aggregation == "mean" else super().actor_q(q)
 
-        def gradients(self, loss, parameters, *inputs):
-            gradients, info = super().gradients(loss, parameters, *inputs)
+        def gradients(self, loss_fn, parameters, *inputs):
+            gradients, info = super().gradients(loss_fn, parameters, *inputs)
             if longest := self.args.max_grad_norm:
                 norm = torch.nn.utils.get_total_norm(gradients)
                 gradients = [g * (longest / norm).clamp(max=1) for g in gradients]
@@ -379,7 +379,7 @@ def ablate_weights(script):
                     group["initial_lr"] = group["lr"]
             return optimizers
 
-        def descend(self, name, loss, *inputs):
+        def descend(self, name, loss_fn, *inputs):
             args, steps = self.args, self.n_updates  # steps of this optimiser so far
             if name != "critic":  # after the critic's, so n_updates counts the present update
                 steps = self.n_updates // args.policy_delay - 1
@@ -388,7 +388,7 @@ def ablate_weights(script):
             left = 1 - (1 - args.lr_end) * min(1.0, steps / updates)
             for group in self.optimizers[name].param_groups:
                 group["lr"] = group["initial_lr"] * left
-            return super().descend(name, loss, *inputs)
+            return super().descend(name, loss_fn, *inputs)
 
     return {"Args": Args, "Agent": Agent}
 

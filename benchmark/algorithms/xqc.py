@@ -182,14 +182,14 @@ class Agent(crossq_wn_highutd.Agent):
         q = log_probs.exp() @ self.atoms()
         return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
 
-    def descend(self, name, loss, *inputs):
+    def descend(self, name, loss_fn, *inputs):
         """The learning rates fall linearly over the run's updates."""
         args = self.args
         agent_steps = math.ceil(args.total_timesteps / args.action_repeat) - args.learning_starts
         progress = self.n_updates / (agent_steps * args.utd)
         for group in self.optimizers[name].param_groups:
             group["lr"] = getattr(args, f"{name}_lr") * (1 - (1 - args.lr_end) * progress)
-        return super().descend(name, loss, *inputs)
+        return super().descend(name, loss_fn, *inputs)
 
 
 def main(argv=None, **parts):
