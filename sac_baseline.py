@@ -16,7 +16,6 @@ target networks, no normalisation. `diff sac_baseline.py crossq_sac.py` is Cross
 # ///
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import importlib.util
 import inspect
@@ -28,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -254,9 +254,9 @@ class Agent(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
-        """obs [O] -> action [A], in NumPy: sampled if rng is given, otherwise tanh(mean)."""
-        obs = torch.from_numpy(obs).to(self.log_alpha.device)
-        noise = torch.zeros(1, self.action_dim, device=obs.device)
+        """obs [..., O] -> action [..., A], in NumPy: sampled if rng is given, else tanh(mean)."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_alpha.device)
+        noise = torch.zeros(1, *obs.shape[:-1], self.action_dim, device=obs.device)
         if rng is not None:
             noise.normal_(generator=rng)
         return self.policy(obs[None], noise)[0][0].cpu().numpy()
@@ -397,7 +397,7 @@ def make_env(args, wrapper=lambda env: env, **kwargs):
     except (gym.error.Error, ImportError) as error:  # they name near matches and packages
         frames = [call.frame for call in inspect.getinnerframes(error.__traceback__)]
         packages = {frame.f_globals["__name__"].partition(".")[0] for frame in frames}
-        if packages - {__name__, "importlib", "gymnasium", "shimmy", "myosuite"}:
+        if packages - {__name__.partition(".")[0], "importlib", "gymnasium", "shimmy", "myosuite"}:
             raise  # a mistake in the user's module
         suites = "(pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)"
         fail(f"--env-id {args.env_id}:", error, suites if suite else "")
@@ -406,21 +406,14 @@ def make_env(args, wrapper=lambda env: env, **kwargs):
     if not box or actions.dtype.kind != "f" or len(obs.shape or ()) > 2:
         needed = "needed: actions in a bounded Box of floats, vectors to observe, no images"
         fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
+    # RescaleAction rounds, which may lead out of the bounds.
+    env = gym.wrappers.TransformAction(env, lambda a: a.clip(actions.low, actions.high), actions)
     one = actions.dtype.type(1)
     env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
     env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
     env = Env(gym.wrappers.RescaleAction(env, -one, one))
     env.n = args.action_repeat
     return env
-
-
-def keep_memory():
-    """glibc gives large tensors back to the kernel when they are freed, which then clears the pages
-    of the next ones: thousands per update of a wide critic. Other C libraries are left alone."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: what is smaller comes from the heap,
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def choose_device(args):
@@ -438,6 +431,7 @@ def compile_updates(agent):
     """Compile losses and gradients; without a compiler, or Python's headers, say so and go on."""
     torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
     torch._dynamo.config.recompile_limit = 1000  # one process may train many agents
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # losses may use n_updates
     try:
         torch.compile(torch.square)(next(agent.parameters()).detach())
         agent.gradients = torch.compile(agent.gradients, fullgraph=True)
@@ -483,7 +477,8 @@ def parse_args(argv=None, Args=Args, Agent=Agent):
 
 def program_of(Agent):
     """The file that defines Agent. Its runs are named after it, and only it resumes them."""
-    return getattr(Agent, "program", None) or Path(inspect.getfile(Agent)).stem
+    file = getattr(sys.modules.get(Agent.__module__), "__file__", "notebook")
+    return getattr(Agent, "program", None) or Path(file).stem
 
 
 class Run:
@@ -532,11 +527,13 @@ class Run:
             "rng": self.rng.get_state(),
             "global_rng": torch.get_rng_state(),  # of which a reset makes its networks
         }
-        with open(self.folder / "checkpoint.tmp", "wb") as file:
+        path = self.folder / "checkpoint.tmp"
+        with open(path, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file)
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        torch.load(path, "cpu", weights_only=True, mmap=True)  # so that a resume can
+        os.replace(path, self.folder / "checkpoint.pt")
 
     def load(self, checkpoint):
         """The reverse of save; the open episode is played again."""
@@ -629,12 +626,11 @@ def main(
 
     A program that extends this one passes its own classes and functions.
     """
-    gym.logger.min_level = gym.logger.ERROR  # no advice to use -v5: the papers use -v4
+    warnings.filterwarnings("ignore", ".*(out of date|precision lowered)")  # -v4; float32
     if os.getcwd() not in sys.path:  # for --env-id my_module:MyEnv-v0
         sys.path.append(os.getcwd())
     args, checkpoint = parse_args(argv, Args, Agent)
     env = make_env(args)
-    keep_memory()
     device = choose_device(args)
     torch.manual_seed(args.seed)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
@@ -643,6 +639,7 @@ def main(
         agent.load_state_dict(checkpoint["agent"])
         step = checkpoint["run"]["step"]
         _, _, returns, _, successes = zip(*evaluate(agent, env, step, Path(args.evaluate)))
+        env.close()
         success = "" if "" in successes else f", success {np.mean(successes):.2f}"
         mean, std = np.mean(returns), np.std(returns)
         print(f"{args.evaluate} at step {step}: {mean:.1f} ± {std:.1f}{success}")
@@ -660,7 +657,7 @@ def main(
     else:
         run.open_episode(0)
     run.open()
-    with run.writer, run.progress, contextlib.ExitStack() as at_the_end:
+    with env, eval_env, run.writer, run.progress, contextlib.ExitStack() as at_the_end:
         with contextlib.suppress(ValueError):  # only a main thread may handle signals
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, run.on_signal)

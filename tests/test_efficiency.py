@@ -1,5 +1,6 @@
 """What keeps an update fast: few operators, no wait for the device, no growing memory."""
 
+import functools
 import gc
 import importlib
 
@@ -234,3 +235,25 @@ def test_compiled_once(script):
         update()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_schedule_does_not_compile_anew_at_every_update(monkeypatch):
+    """A subclass may use n_updates in a loss."""
+    module = importlib.import_module("crossq_sac")
+
+    class Agent(module.Agent):
+        def critic_loss(self, batch, draws):
+            loss, info = super().critic_loss(batch, draws)
+            return loss * min(1.0, self.n_updates / 1000), info
+
+    monkeypatch.setattr(module, "Agent", Agent)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    _, update = make("crossq_sac.py", compiled=True)
+    for _ in range(6):
+        update()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(6):
+        update()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

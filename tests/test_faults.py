@@ -2,16 +2,18 @@
 provenance, and the seam by which other programs extend a script."""
 
 import builtins
+import collections
 import importlib
 import json
 import os
-import platform
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -457,7 +459,7 @@ def test_actions_in_double_precision_warn_of_nothing(main, own_env):  # noqa: F8
     assert main(*TINY, "--env-id", own_env(action_space=space), "--total-timesteps", 10) == 0
 
 
-# ------------------------------------------------------------------------------- many runs, memory
+# ---------------------------------------------------------------------------- many runs, log files
 
 
 def test_one_line_on_threads_where_there_are_several(main, monkeypatch, capsys):  # noqa: F811
@@ -482,28 +484,94 @@ def test_a_log_file_shows_an_evaluation_at_once(tmp_path):
     assert out.returncode == 7 and "step 50: return 10.0" in out.stdout
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is for glibc")
-def test_freed_memory_is_kept():
-    """Of 20 tensors of 32 MB, one after the other, only the first takes new pages."""
-    program = """if True:
-        import resource, torch, crossq_sac
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(20):
-                torch.ones(2**23)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        given_back = faults()
-        crossq_sac.keep_memory()
-        print(given_back, faults())"""
-    env = environment() | {"PYTHONPATH": str(ROOT)}
-    out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    given_back, kept = map(int, out.stdout.split())
-    assert given_back > 5 * kept, (given_back, kept)
+# ------------------------------------------------------- what extending programs and users may do
 
 
-def test_another_c_library_is_left_alone(main, monkeypatch):  # noqa: F811
-    def missing(name):
-        raise OSError(name)
+def test_a_checkpoint_that_no_resume_could_read_is_not_kept(main):  # noqa: F811
+    """Data alone are read again; the error names what is none, and the last checkpoint stays."""
 
-    monkeypatch.setattr(main.module.ctypes, "CDLL", missing)
-    assert main(*TINY, "--run-name", "a", "--total-timesteps", 20) == 0
+    class Buffer(main.module.ReplayBuffer):
+        def add(self, *transition):
+            super().add(*transition)
+            self.last = collections.deque(transition[3:4], 3) if self.size == 50 else None
+
+    with pytest.raises(pickle.UnpicklingError, match="collections.deque"):
+        arguments = [*TINY, "--run-name", "a", "--checkpoint-every", 25]
+        main(*arguments, ReplayBuffer=Buffer)
+    assert load("runs/a")["run"]["step"] == 25
+
+
+def test_an_agent_of_a_notebook(main, monkeypatch):  # noqa: F811
+    """Its module has no file."""
+    agent = type("Agent", (main.module.Agent,), {"__module__": "__main__"})
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    assert main(*TINY, "--total-timesteps", 10, Agent=agent) == 0
+    (run,) = Path("runs").iterdir()
+    assert "__notebook__1__" in run.name
+    assert main("--resume", run, "--total-timesteps", 20, Agent=agent) == 0
+
+
+@every_script
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_actions_stay_in_odd_bounds(main, own_env, dtype):  # noqa: F811
+    """Rescaled, 1 becomes 0.30000004 in single precision where 0.3 is the most there can be."""
+    low, high = np.array([0.1, -5], dtype), np.array([0.3, 30], dtype)
+    space = gym.spaces.Box(low, high, dtype=dtype)
+    env_id = own_env(action_space=space)
+    env = main.module.make_env(main.module.Args(env_id=env_id))
+    env.reset(seed=1)
+    for action in ([1, 1], [-1, -1], [1, -1]):
+        env.step(np.array(action, np.float32))
+        assert env.unwrapped.last_action in space, env.unwrapped.last_action
+    assert env.unwrapped.last_action == pytest.approx([0.3, -5])
+
+
+@every_script
+def test_several_observations_at_once(main):  # noqa: F811
+    """In any precision; every one has noise of its own, and the first one that of one alone."""
+    torch.manual_seed(0)
+    agent = main.module.Agent(3, 2, main.module.Args(critic_width=8, actor_width=8))
+    obs = np.zeros((4, 3))
+    actions = agent.act(obs, torch.Generator().manual_seed(1))
+    assert actions.shape == (4, 2) and len(np.unique(actions)) == 8
+    alone = agent.act(np.zeros(3), torch.Generator().manual_seed(1))
+    assert alone == pytest.approx(actions[0], abs=1e-6) and alone.shape == (2,)
+    deterministic = agent.act(obs)
+    assert deterministic == pytest.approx(np.broadcast_to(agent.act(np.zeros(3)), (4, 2)), abs=1e-6)
+
+
+def test_warnings_on_the_users_environment_are_seen(main):  # noqa: F811
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(*TINY, "--env-id", "Walker2d-v4", "--total-timesteps", 10) == 0
+        gym.logger.warn("yours")
+    assert [str(w.message) for w in caught if "WARN" in str(w.message)] == [
+        gym.utils.colorize("WARN: yours", "yellow")
+    ]
+
+
+def test_environments_are_closed(main):  # noqa: F811
+    opened, closed = [], []
+
+    class Counted(gym.Wrapper):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    def make_env(args):
+        opened.append(Counted(main.module.make_env(args)))
+        return opened[-1]
+
+    assert main(*TINY, "--run-name", "a", make_env=make_env) == 0
+    assert len(opened) == 2 and set(closed) == set(opened)
+    assert main("--evaluate", "runs/a", make_env=make_env) == 0
+    assert len(opened) == 3 and set(closed) == set(opened)
+
+
+def test_a_copy_in_a_package(main, capsys, monkeypatch):  # noqa: F811
+    """Its own frames are no mistake in the user's module."""
+    Path("rl").mkdir()
+    Path("rl/crossq.py").write_text((ROOT / "crossq_sac.py").read_text())
+    monkeypatch.syspath_prepend(".")
+    copy = importlib.import_module("rl.crossq")
+    assert "Nope" in refused(copy.main, capsys, [*TINY, "--env-id", "Nope-v0"])

@@ -50,7 +50,6 @@ def restored(monkeypatch):
     saved = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     precision = torch.get_float32_matmul_precision()
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(gym.logger, "min_level", gym.logger.min_level)
     yield
     for number, handler in saved.items():
         signal.signal(number, handler)

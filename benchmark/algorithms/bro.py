@@ -222,12 +222,12 @@ class Agent(sac_baseline.Agent):
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
-        """obs [O] -> action [A], in NumPy: the exploring policy's if rng is given, otherwise
+        """obs [..., O] -> action [..., A], in NumPy: the exploring policy's if rng is given, else
         tanh(mean) of the actor."""
         if rng is None:
             return super().act(obs)
-        obs = torch.from_numpy(obs).to(rng.device)[None]
-        noise = torch.randn(1, self.action_dim, generator=rng, device=rng.device)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=rng.device)[None]
+        noise = torch.randn(*obs.shape[:-1], self.action_dim, generator=rng, device=rng.device)
         return self.explore(obs, noise)[0][0].cpu().numpy()
 
 

@@ -134,7 +134,8 @@ class Agent(crossq_sac.Agent):
         """obs [O] -> one-hot action [A], in NumPy: sampled if rng is given, otherwise the most
         probable one."""
         self.actor.eval()
-        probs, _ = self.policy(torch.from_numpy(obs).to(self.log_alpha.device)[None])
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_alpha.device)
+        probs, _ = self.policy(obs[None])
         if not probs.isfinite().all():
             crossq_sac.fail("the policy is NaN: training has diverged", code=1)
         index = probs[0].argmax() if rng is None else probs[0].multinomial(1, generator=rng)
