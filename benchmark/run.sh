@@ -38,7 +38,7 @@
 #   --setting "A --flag ..."   one more script, with flags of its own; may be repeated.
 #                              "ablate A --flag ..." runs it through benchmark/ablate.py, for the
 #                              flags that this adds
-#   --flags "..."              flags for every run
+#   --flags "..."              flags for every run; they replace those of a setting
 # Where and how:
 #   --out DIR          the runs are DIR/runs/NAME, or DIR/NAME if DIR is called runs (the default)
 #   --workers N        runs at a time (default: the visible GPUs x --jobs-per-gpu; without GPUs, the
@@ -46,7 +46,8 @@
 #   --jobs-per-gpu N   (default: 1)
 #   --dry-run          only print the commands
 #   --launcher slurm   submit one job array with a run per task; at its time limit a task is
-#                      requeued, and then it resumes
+#                      requeued, and then it resumes. Slurm's MaxArraySize is 1001 by default:
+#                      larger grids go by parts, see --seeds
 #   --partition --gpus --time --account    are handed to sbatch, for each run
 #   --jobs N                               at most N tasks at a time
 #   --sbatch "..."     more options for sbatch, for example "--cpus-per-task=2 --mem=8G"
@@ -169,9 +170,34 @@ done
 # The scripts write to runs/NAME below their current directory. In this one may be the user's own
 # environments, which they must still find.
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD
+[[ $python != */* ]] || python=$(realpath -s "$python")
+# glibc keeps freed memory: clearing fresh pages takes 5 % of an update of wide critics on a CPU.
+export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647
+[[ ! -e $out || -d $out ]] || die "--out $out is no folder"
 out=$(realpath -m "$out") cwd=$out
 [[ ${cwd##*/} != runs ]] || cwd=${cwd%/*}
 runs=$cwd/runs
+
+# last_wins WORD...: sets words, without a flag and its value where the same flag comes again.
+last_wins() {
+  local word flag kept=1
+  local -A later=()
+  for word; do
+    flag=${word%%=*} flag=${flag//_/-}
+    [[ $flag != --* ]] || later[$flag]=$((${later[$flag]-0} + 1))
+    [[ ! $flag =~ ^--(env-id|seed|total-timesteps|run-name|resume|evaluate)$ ]] ||
+      die "$flag is no flag for a setting: there are --envs, --seeds, --steps and --out"
+  done
+  words=()
+  for word; do
+    flag=${word%%=*} flag=${flag//_/-}
+    if [[ $flag = --* ]]; then
+      later[$flag]=$((later[$flag] - 1)) kept=''
+      ((later[$flag])) || kept=1
+    fi
+    [[ -z $kept ]] || words+=("$word")
+  done
+}
 
 # name_run ENV SEED WORD...: sets name, from all that makes it another run. What a resume may change
 # does not.
@@ -205,11 +231,13 @@ for seed in $seeds; do # outermost, so that one seed of everything comes first
         program+=("$root/benchmark/ablate.py")
         words=("${words[@]:1}")
       fi
-      script=${words[0]%.py} file=$root/$script.py
+      script=${words[0]-} script=${script%.py} file=$root/$script.py
       [[ -e $file ]] || file=$root/benchmark/algorithms/$script.py
+      [[ -n $script ]] || die "a setting begins with a script's name, unlike '$setting'"
       [[ -e $file ]] || die "there is no script $script.py in $root or benchmark/algorithms"
-      words=("${words[@]:1}")
+      last_wins "${words[@]:1}"
       name_run "$env" "$seed" ${program[1]+ablate} "$script" ${words[@]+"${words[@]}"}
+      ((${#name} <= 255)) || die "a run's name is too long for a folder: $name"
       [[ -z ${seen[$name]-} ]] || continue
       seen[$name]=1 names+=("$name")
       program+=("$file" --env-id "$env" --seed "$seed" --total-timesteps "$steps")
@@ -343,7 +371,7 @@ run_here() {
   echo "$((before + ended)) of ${#names[@]} runs finished, in $(clock $SECONDS)"
   ((${#failed[@]} == 0)) || echo "failed: ${#failed[@]}"
   for name in ${failed[@]+"${failed[@]}"}; do
-    printf '  %s\n    %s\n' "$runs/$name/log.txt" "$(tail -n 1 "$runs/$name/log.txt")"
+    printf '  %s\n    %s\n' "$runs/$name/log.txt" "$(grep -a '[[:alpha:]]' "$runs/$name/log.txt" | grep -v 'full helptext' | tail -n 1)"
   done
   [[ -z $stopped ]] || exit "$stopped"
   ((${#failed[@]} == 0)) || exit 1

@@ -276,10 +276,32 @@ def test_what_a_resume_may_change_is_not_in_a_name(call):
     for flag in (field.name for field in dataclasses.fields(crossq_sac.Args)):
         setting = f"crossq_sac --{flag.replace('_', '-')} x"
         result = call([RUN, "--setting", setting, "--envs", "E-v0", "--dry-run"])
-        names[flag] = result.stdout.split()[-1]
+        names[flag] = result.stdout.split()[-1] if result.returncode == 0 else result.stderr
     kept_out = {flag for flag, name in names.items() if name == "E-v0__crossq_sac__1"}
-    others = {"total_timesteps", "resume", "evaluate"}  # not for --setting: run.sh has its own
+    refused = {flag for flag, name in names.items() if "is no flag for a setting" in name}
+    others = {"total_timesteps", "resume", "evaluate"}
+    assert refused == others | {"env_id", "seed", "run_name"}  # run.sh has its own
     assert kept_out == crossq_sac.Args.MAY_CHANGE - others
+
+
+def test_a_flag_that_comes_again_replaces_the_first(call):
+    """In the name too, and in either spelling; settings that are then the same are one run."""
+    settings = ["--setting", "crossq_sac --utd 2 --critic-width 8", "--setting", "crossq_sac"]
+    flags = ["--flags", "--critic_width 16 --track --utd=3"]
+    result = call([RUN, *settings, *flags, "--envs", "E-v0", "--dry-run"])
+    _, command = result.stdout.splitlines()
+    assert " --total-timesteps 1000000 --critic_width 16 --track --utd=3 --run-name " in command
+    assert command.endswith(" E-v0__crossq_sac+critic_width=16+utd=3__1")
+
+
+def test_an_interpreter_by_a_relative_path(call, tmp_path):
+    """The runs have another current directory."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    one = {"scripts": ["sac_baseline"], "envs": ["Truncated-v0"], "seeds": [1], "steps": 50}
+    result = call(grid("--out", "there", **one), env=environ() | {"PYTHON": "./python"})
+    assert result.returncode == 0, result.stdout
 
 
 def test_gpus_and_workers(tmp_path, call):
@@ -310,6 +332,10 @@ def test_gpus_and_workers(tmp_path, call):
     (["mujoco", "--steps", "1e6"], "--steps must be a positive whole number, not 1e6"),
     (["mujoco", "dmc"], "one preset at a time"),
     (["mujoco", "--launcher", "pbs"], "--launcher is local or slurm, not pbs"),
+    (["mujoco", "--flags", "--utd 2 --seed 5"], "--seed is no flag for a setting"),
+    (["mujoco", "--setting", "ablate"], "a setting begins with a script's name"),
+    (["--scripts", "crossq_sac", "--envs", "x" * 300], "a run's name is too long"),
+    (["mujoco", "--out", "gate.py"], "--out gate.py is no folder"),
 ])  # fmt: skip
 def test_wrong_arguments(call, tmp_path, arguments, message):
     result = call([RUN, *arguments])
