@@ -140,10 +140,7 @@ def main(argv=None):
     """Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith(".py"):
-        try:
-            script = probe.load(argv[0])
-        except FileNotFoundError as error:
-            fail(error)
+        script = probe.first_script("actions.py", __doc__, argv)
         if Path(argv[0]).stem == "crossq_discrete":
             fail(argv[0], "has no continuous actions")
         return script.main(argv[1:], **measured(script))

@@ -24,6 +24,11 @@ down: of fewer than four seeds it is the mean. The interval is a percentile boot
 seeds, in aggregates stratified by environment. With three seeds it covers less than its name says.
 The papers show IQM and 70 % (CrossQ), and IQM and 90 % (CrossQ + WN). Aggregates are the means of
 return / 1000 (DMC), of success (MyoSuite), or of (return - random) / (TD3 - random) (MuJoCo).
+
+In the tables and in `over`, a value is the mean of a seed's evaluations around the step, as the
+published values are: those within 5 % of it, and at least those within 2000 steps, or 8400 of SAC,
+whose published evaluations are rare; before step 20 000 these shrink with the step.
+
 `--x hours` counts from the TensorBoard events, without the pauses before a resume, and `--x
 updates` counts those of the critic. Both place a point at the mean over its seeds, and both are
 logarithmic where one setting's curve is more than five times as long as another's. `--x both` has
@@ -306,7 +311,7 @@ def published(
     is the mean over the seeds.
     """
     out = []
-    programs = {re.split("[-+]", setting)[0] for setting in settings}
+    programs = {re.split("[-+,]", setting)[0] for setting in settings}
     for file, alg, band, label, line in PUBLISHED:
         program = str(alg).partition("(")[0].lower().replace("-", "_")
         if file == "rivals.csv" and program not in programs:
@@ -498,7 +503,8 @@ def draw_over(flag: str, runs: list[Run], args, path: Path) -> None:
                     values[env].add(value)
     envs = [env for env in lines if len(values[env]) > 1]
     if not envs:
-        fail(f"--over {flag}: no task has runs that differ in it")
+        steps = " or ".join(f"{step:,}" for step in OVER_STEPS)
+        fail(f"--over {flag}: no task has runs that differ in it and an evaluation at {steps}")
     rests = sorted({rest for env in envs for rest, _ in lines[env]}, key=natural)
     steps = sorted({step for env in envs for _, step in lines[env]})
     size = max(4.6 * len(envs), 8.5), 5
@@ -609,9 +615,8 @@ def number(value: float) -> str:
 
 def around(setting: str, curve: Curve, step: int) -> list[np.ndarray]:
     """[seeds] of each environment: the means of the evaluations around a step, as the published
-    values are. They are those within 5 % of it, but at least within 2000 steps, or 8400 for SAC,
-    which was evaluated less often."""
-    least = 8400 if setting.startswith("sac") else 2000
+    values are: see the top."""
+    least = (8400 if setting.startswith("sac") else 2000) * min(1, step / 20_000)
     near = np.abs(np.array(curve.steps) - step) <= max(least, 0.05 * step)
     return [values[:, near].mean(1) for values in curve.values]
 
@@ -622,7 +627,7 @@ def score_table(panels: list[Panel], args) -> list[str]:
     beside = (
         "published; a range: 5 to 95 % of the means of 5 seeds drawn from 10 (rivals: all seeds)"
     )
-    out = [f"| task | steps | setting | {caption(args)} | each seed | {beside} |"]
+    out = [f"| task | around step | setting | {caption(args)} | each seed | {beside} |"]
     out.append("|---" * 6 + "|")
     for panel in panels:
         for setting, curve in panel.curves.items():
@@ -701,7 +706,7 @@ def main(argv: list[str] | None = None) -> None:
     if diagnostics:
         draw(diagnostics, 2, styles, args, out / "panels")
     if args.over:
-        draw_over(args.over, runs, args, out / "over")
+        draw_over(args.over.replace("_", "-"), runs, args, out / "over")
     print("\n".join([*score_table(curves + aggregates, args), "", *threshold_table(curves)]))
 
 

@@ -4,7 +4,7 @@
     python benchmark/probe.py crossq_sac.py --evaluate runs/hopper                # of a checkpoint
 
 Everything after the script's name is the script's own command line. It changes nothing in the run,
-which is named as the script's own and which the script may resume. Each measurement is printed and
+which is named as the script's own and which the script may resume. The bias is printed, and all is
 appended to `probe.csv` in the run's folder, with the columns step, quantity, value (after a resume,
 a step's last row counts):
 
@@ -122,7 +122,10 @@ def first_script(program, doc, argv):
     elif not any((folder / name).is_file() for folder in (Path.cwd(), ROOT)):
         problem = f"there is no {name}"
     else:
-        return load(name)
+        script = load(name)
+        if hasattr(script, "Agent") and hasattr(script, "main"):
+            return script
+        problem = f"{name} has no Agent, or no main(argv, **parts) that hands parts to a script's"
     print(f"{program}: error: {problem}", file=sys.stderr)
     sys.exit(2)
 

@@ -135,6 +135,9 @@ def test_values_around_a_step():
     curve.values[0][0, steps == 55_000] = 0
     assert plot.around("crossq", curve, 50_000)[0][0] == 50_000
     assert plot.around("sac", curve, 50_000)[0][0] == 95_000 / 3
+    curve = plot.Curve([1000, 2000, 3000, 4000, 5000], {}, [np.arange(1, 6)[None] * 1000.0])
+    assert plot.around("crossq", curve, 5000)[0][0] == 5000  # in a short run not nearly all of it
+    assert plot.around("sac", curve, 5000)[0][0] == 4000
 
 
 def test_steps_to_a_return():
@@ -182,6 +185,7 @@ def test_rivals_are_shown_beside_their_programs_alone(tmp_path, capsys):
 
     gate = "CrossQ(utd1)", "SAC(utd1)"
     assert rivals() == rivals("crossq_td3-w256") == {}
+    assert rivals("redq, critic-width=2048") == rivals("redq-w2048") != {}
     assert rivals("redq-w2048", "crossq_sac") == {
         "REDQ(utd20)": {20_000: (3488, 1149, 5323), 50_000: (6477, 5672, 7296)}
     }

@@ -153,6 +153,7 @@ def test_a_script_keeps_its_name_wherever_it_is(tmp_path, monkeypatch):
     ([], 2, "error: the first argument must be a script, not none; see --help"),
     (["--env-id", "Hopper-v4"], 2, "error: the first argument must be a script, not --env-id"),
     (["crossq_sax.py"], 2, "error: there is no crossq_sax.py"),
+    (["benchmark/watch.py"], 2, "error: benchmark/watch.py has no Agent, or no main"),
     (["--help"], 0, "the script's"),
 ])  # fmt: skip
 def test_the_first_argument_is_a_script(capsys, program, argv, code, message):
