@@ -465,6 +465,7 @@ def main() -> int:
         settings.append((args.side_by_side, 1))
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ok = {f"{args.out}.csv exists already": not Path(f"{args.out}.csv").exists()}
+    ok[f"--out: there is no folder {args.out.parent}"] = args.out.parent.is_dir()
     enough = max(k * threads for k, threads in settings) <= cpus
     ok[f"--threads, --side-by-side: there are {cpus} CPUs"] = enough
     ok["--start-updates must be at least 0"] = args.start_updates >= 0

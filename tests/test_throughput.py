@@ -232,12 +232,15 @@ def test_a_measurement(run_script, tmp_path):
     assert again.stderr == "throughput.py: error: throughput.csv exists already\n"
 
 
-def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch, capsys):
+def test_what_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", "throughput.py --only sac_baseline --device cuda".split())
     assert throughput.main() == 2
     assert capsys.readouterr().err == "throughput.py: error: --device cuda: there is none\n"
+    monkeypatch.setattr(sys, "argv", "throughput.py --out no/such".split())
+    assert throughput.main() == 2
+    assert capsys.readouterr().err == "throughput.py: error: --out: there is no folder no\n"
     assert not [*tmp_path.iterdir()]
 
 
