@@ -283,11 +283,10 @@ class Agent(nn.Module):
     def act(self, obs, rng=None):
         """obs [..., O] -> action [..., A], in NumPy: with exploration noise if rng is given."""
         self.actor.eval()
-        device = next(self.parameters()).device
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        obs = torch.as_tensor(obs).to(next(self.parameters()))  # its precision and device
         action = self.policy(obs[None])[0]
         if rng is not None:
-            noise = torch.randn(action.shape, generator=rng, device=device)
+            noise = torch.randn(action.shape, generator=rng, device=rng.device)
             action = (action + self.args.exploration_noise * noise).clamp(-1, 1)
         return action.cpu().numpy()
 

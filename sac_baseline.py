@@ -255,7 +255,7 @@ class Agent(nn.Module):
     @torch.inference_mode()
     def act(self, obs, rng=None):
         """obs [..., O] -> action [..., A], in NumPy: sampled if rng is given, else tanh(mean)."""
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_alpha.device)
+        obs = torch.as_tensor(obs).to(self.log_alpha)  # its precision and device
         noise = torch.zeros(1, *obs.shape[:-1], self.action_dim, device=obs.device)
         if rng is not None:
             noise.normal_(generator=rng)

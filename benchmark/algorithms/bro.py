@@ -226,7 +226,7 @@ class Agent(sac_baseline.Agent):
         tanh(mean) of the actor."""
         if rng is None:
             return super().act(obs)
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=rng.device)[None]
+        obs = torch.as_tensor(obs).to(self.log_alpha)[None]
         noise = torch.randn(*obs.shape[:-1], self.action_dim, generator=rng, device=rng.device)
         return self.explore(obs, noise)[0][0].cpu().numpy()
 

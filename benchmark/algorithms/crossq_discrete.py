@@ -134,7 +134,7 @@ class Agent(crossq_sac.Agent):
         """obs [O] -> one-hot action [A], in NumPy: sampled if rng is given, otherwise the most
         probable one."""
         self.actor.eval()
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.log_alpha.device)
+        obs = torch.as_tensor(obs).to(self.log_alpha)  # its precision and device
         probs, _ = self.policy(obs[None])
         if not probs.isfinite().all():
             crossq_sac.fail("the policy is NaN: training has diverged", code=1)
