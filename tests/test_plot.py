@@ -189,6 +189,9 @@ def test_rivals_are_shown_beside_their_programs_alone(tmp_path, capsys):
     assert rivals("redq-w2048", "crossq_sac") == {
         "REDQ(utd20)": {20_000: (3488, 1149, 5323), 50_000: (6477, 5672, 7296)}
     }
+    for env in ("dm_control_finger-turn_hard-v0", "dm_control_cheetah-run-v0"):
+        theirs = {alg for alg, *_ in plot.published([env], 1_000_000, "iqm", ["sr_sac", "xqc"])}
+        assert {"SR-SAC(utd32)", "XQC(utd2)"} <= theirs, env
     assert [*rivals("td3", "droq", "bro", "xqc")] == [
         "DroQ(utd20)",
         "TD3(gym v1)",
