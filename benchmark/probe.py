@@ -103,6 +103,8 @@ def layers(agent):
 def load(path):
     """A script as a module; a name that is not found here is looked for at the repository's top."""
     path = Path(path) if Path(path).exists() else ROOT / path
+    neighbours = str(path.resolve().parent), str(ROOT)  # which it may import
+    sys.path += [folder for folder in neighbours if folder not in sys.path]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     # There its Agent's file is looked up, and the comments that are the flags' help.

@@ -128,7 +128,6 @@ def main_of(run, own_program):
     if script not in programs:
         made_by = name or "an earlier version"
         fail(f"{run} was made by {made_by}, which is no program here; its file: --program FILE")
-    sys.path += [str(programs[script].resolve().parent), str(ROOT)]  # it may import its neighbours
     program = probe.load(programs[script])
     if not hasattr(program, "main"):
         fail(programs[script], "has no main(argv, **parts) that hands its parts to a script's main")

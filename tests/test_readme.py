@@ -34,6 +34,15 @@ def test_an_algorithm_of_your_own(main):  # noqa: F811
     assert main(*TINY, "--run-name", "a", Agent=scope["Agent"]) == 0
 
 
+def test_an_algorithm_of_your_own_is_a_program(run_script, tmp_path):
+    """It lies in a folder of its own, and is measured as the scripts are."""
+    *_, own = code_blocks("python")
+    (tmp_path / "mine.py").write_text(own)
+    command = ["mine.py", *TINY, "--total-timesteps", 50, "--run-name", "a"]
+    end = run_script("benchmark/probe.py", *command)
+    assert end.returncode == 0 and "q_bias/mean" in end.stdout, end.stderr
+
+
 def anchors(path):
     """As GitHub makes them of the headings."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
