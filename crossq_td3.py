@@ -561,7 +561,7 @@ class Run:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file)
-        torch.load(path, "cpu", weights_only=True, mmap=True)  # so that a resume can
+        torch.load(path, "cpu", weights_only=True, mmap=True)  # fail now, not at a resume
         os.replace(path, self.folder / "checkpoint.pt")
 
     def load(self, checkpoint):
@@ -655,7 +655,7 @@ def main(
 
     A program that extends this one passes its own classes and functions.
     """
-    warnings.filterwarnings("ignore", ".*(out of date|precision lowered)")  # -v4; float32
+    warnings.filterwarnings("ignore", ".*(out of date|precision lowered)")  # on -v4, float32
     if os.getcwd() not in sys.path:  # for --env-id my_module:MyEnv-v0
         sys.path.append(os.getcwd())
     args, checkpoint = parse_args(argv, Args, Agent)

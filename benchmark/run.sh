@@ -171,7 +171,7 @@ done
 # environments, which they must still find.
 export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD
 [[ $python != */* ]] || python=$(realpath -s "$python")
-# glibc keeps freed memory: clearing fresh pages takes 5 % of an update of wide critics on a CPU.
+# glibc keeps freed memory: on a CPU, clearing fresh pages slows the updates of wide critics.
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647
 [[ ! -e $out || -d $out ]] || die "--out $out is no folder"
 out=$(realpath -m "$out") cwd=$out

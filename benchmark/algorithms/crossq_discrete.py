@@ -134,8 +134,7 @@ class Agent(crossq_sac.Agent):
         """obs [O] -> one-hot action [A], in NumPy: sampled if rng is given, otherwise the most
         probable one."""
         self.actor.eval()
-        obs = torch.as_tensor(obs).to(self.log_alpha)  # its precision and device
-        probs, _ = self.policy(obs[None])
+        probs, _ = self.policy(torch.as_tensor(obs).to(self.log_alpha)[None])
         if not probs.isfinite().all():
             crossq_sac.fail("the policy is NaN: training has diverged", code=1)
         index = probs[0].argmax() if rng is None else probs[0].multinomial(1, generator=rng)
