@@ -1,7 +1,7 @@
 """The papers' ablations as further flags of a script, and an example of how to extend one.
 
     python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --critic-width 256
-    python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 9
+    python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 13
     python benchmark/ablate.py sac_baseline.py --tau 1 --activation tanh              # figure 16
     python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
     python benchmark/ablate.py crossq_sac.py --replay prioritized
@@ -40,7 +40,7 @@ Products = Literal[tuple(BITS)]
 
 @dataclasses.dataclass
 class Ablations:
-    critic_norm: Norm = "default"  # ln: layer norm before the activations (figures 8, 9, 13)
+    critic_norm: Norm = "default"  # ln: layer norm before the activations (figures 9, 10, 13)
     actor_norm: Norm = "default"  # the same for the actor
     activation: Literal[tuple(ACTIVATIONS)] = "relu"  # of the critic (figure 16)
     bootstrap_at_termination: bool = False  # bootstrap at terminations too, not only at truncations

@@ -141,7 +141,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith(".py"):
         script = probe.first_script("actions.py", __doc__, argv)
-        if Path(argv[0]).stem == "crossq_discrete":
+        if hasattr(script.Agent, "discrete_actions"):
             fail(argv[0], "has no continuous actions")
         return script.main(argv[1:], **measured(script))
     options = parse(argv)

@@ -25,7 +25,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = 1000  # state-action pairs at least
-UNMEASURED = {"crossq_discrete": "has no continuous actions", "xqc": "has the Q of scaled rewards"}
+UNMEASURED = {  # attributes of an Agent, which its subclasses inherit
+    "discrete_actions": "has no continuous actions",
+    "scaled_rewards": "has the Q of scaled rewards",
+}
 
 
 def q_bias(script, agent, env, step):
@@ -155,9 +158,10 @@ def probed(script):
 
 def main(argv):
     script = first_script("probe.py", __doc__, argv)
-    if why := UNMEASURED.get(Path(argv[0]).stem):
-        print(f"probe.py: error: {argv[0]} {why}, so its bias is not measured", file=sys.stderr)
-        return 2
+    for attribute, why in UNMEASURED.items():
+        if hasattr(script.Agent, attribute):
+            print(f"probe.py: error: {argv[0]} {why}, so its bias is not measured", file=sys.stderr)
+            return 2
     return script.main(argv[1:], evaluate=probed(script))
 
 

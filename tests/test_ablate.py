@@ -510,7 +510,7 @@ def test_help(capsys, monkeypatch):
     assert ablate.main(["benchmark/algorithms/redq.py"]) == 2
     assert "redq.py is not one of the four scripts" in capsys.readouterr().err
     told = {
-        "crossq_sac.py": ["--critic-norm", "figures 8, 9, 13", "CrossQ small", "table 1"],
+        "crossq_sac.py": ["--critic-norm", "figures 9, 10, 13", "CrossQ small", "table 1"],
         "sac_baseline.py": ["--brn-warmup", "before batch renorm", "--target-stats"],
         WN: ["--weight-norm", "--decay-norms", "fall by 1 / policy_delay of that"],
     }

@@ -1,5 +1,6 @@
 """benchmark/algorithms/bro.py: quantiles, networks, the exploring actor, resets."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -271,10 +272,28 @@ def test_an_update_is_of_critic_targets_actor_explorer_and_duals_in_this_order()
         assert any(moved), part
 
 
+def test_the_exploring_actor_is_delayed_as_the_other():
+    agent = make_agent(policy_delay=2)
+    steps = dict.fromkeys(agent.optimizers, 0)
+    for name, optimizer in agent.optimizers.items():
+        optimizer.step = lambda name=name: steps.update({name: steps[name] + 1})
+    for _ in range(4):
+        agent.update(make_batch(), torch.Generator().manual_seed(0))
+    assert steps == {"critic": 4, "actor": 2, "explorer": 2, "alpha": 2, "duals": 2}
+
+
 def test_fast_has_its_own_utd(capsys):
     with pytest.raises(SystemExit, match="2"):
         bro.main(["--env-id", "Hopper-v4", "--fast", "--utd", "4"])
     assert "error: --fast has --utd 2, not 4" in capsys.readouterr().err
+
+
+def test_fast_is_open_to_a_subclass_with_another_utd():
+    @dataclasses.dataclass
+    class Args(bro.Args):
+        utd: int = 4
+
+    assert Args(fast=True).utd == 2 and Args().utd == 4
 
 
 @pytest.mark.parametrize("fast, utd", [(False, 10), (False, 2), (True, 2)])

@@ -50,7 +50,7 @@ class Args(sac_baseline.Args):
 
     def __post_init__(self):
         if self.fast:
-            if self.utd not in (2, Args.utd):
+            if self.utd not in (2, type(self).utd):
                 sac_baseline.fail("--fast has --utd 2, not", self.utd)
             self.utd = 2
 
@@ -217,8 +217,10 @@ class Agent(sac_baseline.Agent):
             self.reset()
             self.to(rng.device)  # a reset makes them on the CPU
         info = super().update(batch, rng)
-        info |= self.descend("explorer", self.explorer_loss, batch, self.draw(batch, rng))
-        return info | self.descend("duals", self.dual_loss, info["diagnostics/kl"])
+        if self.n_updates % args.policy_delay == 0:  # with the actor
+            info |= self.descend("explorer", self.explorer_loss, batch, self.draw(batch, rng))
+            info |= self.descend("duals", self.dual_loss, info["diagnostics/kl"])
+        return info
 
     @torch.inference_mode()
     def act(self, obs, rng=None):

@@ -3,13 +3,14 @@
 As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic gives the Q of every
 action at once and the actor their probabilities, so expectations over the policy are sums and no
 noise is needed. The joint pass is over s and s' alone, because the action is no input any more.
-What differs from that paper, and why, is shown in benchmark/results/README.md:
+What differs from that paper is below; benchmark/results/README.md shows what led to it:
 
 - The target is the lower of the critics' values of s', not the value of their lower Qs: a minimum
   for every action is far too low (Zhou et al. 2022, arXiv 2209.10081). The actor takes their mean.
 - The target has no bonus for entropy: it would pay to put off a task's end (cf. arXiv 2509.09838).
 - The learning rates are 3e-4: with CrossQ's 1e-3 the critics rise above any possible return.
-- Random actions are held for a while. The target entropy is 0.6 log(A), not 0.98 log(A).
+- Random actions are held for a while.
+- The target entropy is 0.6 log(A): 0.98 log(A) would keep the policy nearly uniform.
 
     python benchmark/algorithms/crossq_discrete.py --env-id CartPole-v1
     python benchmark/algorithms/crossq_discrete.py --env-id LunarLander-v3  # gymnasium[box2d]
@@ -64,6 +65,8 @@ def make_env(args, **kwargs):
 
 class Agent(crossq_sac.Agent):
     """O and B: sizes of an observation and a batch; A: number of actions, which are one-hot."""
+
+    discrete_actions = True  # for probe.py and actions.py, which measure continuous ones
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)

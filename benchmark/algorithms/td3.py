@@ -9,7 +9,7 @@ first critic alone.
     python benchmark/algorithms/td3.py --critic-lr 1e-3 --actor-lr 1e-3  # the paper's rates
 
 CrossQ's paper does not say how its plain TD3 was run, so these are the authors' settings, except
-for the random steps, of which all algorithms here take 5000. Flags, files and errors are those of
+for the random steps, which are 5000 as CrossQ's. Flags, files and errors are those of
 crossq_td3.py, without --brn-warmup and with --tau.
 """
 

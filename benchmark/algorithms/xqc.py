@@ -130,6 +130,8 @@ def projected(probs, values):
 
 
 class Agent(crossq_wn_highutd.Agent):
+    scaled_rewards = True  # so that probe.py does not compare Q with returns
+
     def make_critic(self):
         """The atoms' logits: [B, O + A] -> [n_critics, B, N_ATOMS]."""
         n_in, args = self.obs_dim + self.action_dim, self.args
