@@ -199,7 +199,7 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
         ("crossq_sac.py --evaluate runs/plain", "--evaluate has no replay buffer"),
         ("flat", "needs actions of two dimensions"),
         ("none.py", "none.py"),
-        ("benchmark/algorithms/crossq_discrete.py", "has no continuous actions"),
+        ("benchmark/algorithms/crossq_discrete.py --help", "has no continuous actions"),
     ):
         with pytest.raises(SystemExit) as error:
             actions.main(arguments.split())
