@@ -1,112 +1,79 @@
 """CrossQ on TD3, in one file (Bhatt et al., ICLR 2024, arXiv 1902.05605, section 4.1).
 
-TD3 (Fujimoto et al., ICML 2018, arXiv 1802.09477), changed as SAC is in crossq_sac.py: no target
-networks, neither of critic nor actor; in exchange batch renormalisation, one joint forward pass of
-the critic over (s, a) and (s', a'), and wider critics.
+TD3 without target networks. Instead actor and critic are batch-renormalised, and a wider critic
+sees (s, a) and (s', a') in one joint pass. Noise smooths a', and the actor is deterministic.
 
-    python crossq_td3.py --env-id Walker2d-v4                        # the paper's setting
-    python crossq_td3.py --env-id HalfCheetah-v4 --critic-width 256  # "CrossQ small", for a CPU
+    python crossq_td3.py --env-id Walker2d-v4 --critic-width 2048    # the paper's setting
+    python crossq_td3.py --env-id HalfCheetah-v4 --critic-width 256  # for a CPU
     python crossq_td3.py --resume runs/NAME                          # go on after a kill
 """
 
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.2.3", "mujoco==3.17.0", "tyro==1.0.17",
-#   "tensorboard==2.21.0", "tqdm==4.70.1", "numpy==2.4.6; python_version >= '3.11'",
-#   "numpy==2.2.6; python_version < '3.11'"]
+#   "tensorboard==2.21.0", "tqdm==4.70.1", "numpy==2.2.6"]
 # ///
-import contextlib
-import dataclasses
-import importlib.util
-import inspect
 import json
-import math
 import os
-import re
-import signal
-import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from torch import nn
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-TRUNCATED_NORMAL_STD = 0.87962566103423978  # of a standard normal cut off at -2 and 2
-COMPILE_AFTER = {"on": 0, "auto": 2000, "off": math.inf}  # updates
-LONGEST_EPISODE = 100_000  # environment steps; where nothing else ends an episode, this does
 
-
-@dataclasses.dataclass
+@dataclass
 class Args:
-    env_id: str = "Walker2d-v4"  # Gymnasium id, or your own: my_module:MyEnv-v0
+    env_id: str = "Walker2d-v4"  # Gymnasium id; MODULE:ID imports the module first
     seed: int = 1  # of networks, exploration and environment
     total_timesteps: int = 1_000_000  # environment steps
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is one
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compile: bool = True  # torch.compile the losses
+    bf16: bool = False  # multiply the hidden layers in bfloat16
     critic_width: int = 2048  # units per hidden layer (section 3.3; "CrossQ small": 256)
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
+    brn_warmup: int = 100_000  # training forwards before renormalising (table 1)
     critic_lr: float = 1e-3  # Adam (table 1)
     actor_lr: float = 1e-3  # Adam (table 1)
-    adam_beta1: float = 0.5  # of critic and actor (table 1; Adam's default: 0.9)
+    adam_beta1: float = 0.5  # of critic and actor (table 1)
     policy_delay: int = 3  # critic updates per actor update (table 1)
-    brn_warmup: int = 100_000  # training forwards of a layer before it renormalises (table 1)
     utd: int = 1  # critic updates per agent step (update-to-data ratio)
     batch_size: int = 256  # transitions
     buffer_size: int = 1_000_000  # transitions
     learning_starts: int = 5000  # random agent steps before the first update
     gamma: float = 0.99  # discount (Swimmer: 0.9999)
-    exploration_noise: float = 0.1  # std of the noise on the actions played, which are in [-1, 1]
-    target_noise: float = 0.2  # std of the noise on a' (target policy smoothing)
+    exploration_noise: float = 0.1  # std of the noise on the agent's actions
+    target_noise: float = 0.2  # std of the noise on a'
     target_noise_clip: float = 0.5  # bound of the noise on a'
     action_repeat: int = 1  # environment steps per agent step
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation
+    checkpoint_minutes: float = 10  # between checkpoints, which wait for an episode's end
     run_name: str | None = None  # folder under runs/; default ENV__PROGRAM__SEED__TIME
-    checkpoint_every: int = 25_000  # environment steps between checkpoints
-    resume: str | None = None  # runs/NAME: go on from its checkpoint
-    evaluate: str | None = None  # runs/NAME: evaluate its policy and exit
-    track: bool = False  # log to Weights & Biases too (needs wandb)
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: after 2000 updates
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: TF32 on CUDA
-
-    MAY_BE_ZERO = {"seed", "adam_beta1", "brn_warmup", "learning_starts", "gamma"}
-    MAY_BE_ZERO |= {"exploration_noise", "target_noise", "target_noise_clip"}
-    AT_MOST = {"adam_beta1": 0.999, "gamma": 1}
-    MAY_CHANGE = {"total_timesteps", "eval_every", "eval_episodes"}  # by a resume
-    MAY_CHANGE |= {"checkpoint_every", "device", "compile", "track", "resume", "evaluate"}
-
-    @staticmethod
-    def suite_defaults(env_id):
-        """DeepMind Control: appendix A.1. MyoSuite and the action repeat: as CrossQ + WN."""
-        dmc = {"action_repeat": 2, "policy_delay": 1}
-        dmc |= {"critic_lr": 8e-4, "actor_lr": 8e-4}
-        myo = {"action_repeat": 2, "gamma": 0.95}
-        return {"shimmy": dmc, "myosuite": myo}.get(suite_of(env_id), {})
+    resume: str | None = None  # runs/NAME: go on with this run
+    track: bool = False  # Weights & Biases too (pip install wandb)
 
 
-# ---------------------------------------------------------------------------------- the algorithm
+# ------------------------------ the algorithm
 
 
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the rows of x [..., B, F].
+    Training normalises x by its own statistics. Then r and d, clipped and without gradient, correct
+    it to what the running ones would give. For the first `warmup` training forwards r = 1 and
+    d = 0: plain batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side."""
 
-    In training, x is normalised by its own mean and std and then corrected to what the running
-    ones would give: times r = std / running_std, plus d = (mean - running_mean) / running_std.
-    Both are clipped and carry no gradient. In the first `warmup` training forwards r = 1 and d = 0,
-    which is batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side.
-    """
-
-    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # momentum 0.99 is PyTorch's 0.01
+    momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # PyTorch: momentum 0.01
 
     def __init__(self, shape, warmup=100_000):
         super().__init__()
@@ -126,162 +93,113 @@ class BatchRenorm(nn.Module):
         var = centred.square().mean(-2, keepdim=True)  # biased, for the running average too
         std = (var + self.eps).sqrt()
         with torch.no_grad():
-            warmed_up = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
-            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
-            d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
-            self.r = torch.where(warmed_up, r, 1.0)  # kept for benchmark/probe.py
-            self.d = torch.where(warmed_up, d, 0.0)
+            warm = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
+            r_max = torch.where(warm, self.r_max, 1.0)
+            d_max = torch.where(warm, self.d_max, 0.0)
+            r = (std / running_std).clamp(1 / r_max, r_max)
+            d = ((mean - self.running_mean) / running_std).clamp(-d_max, d_max)
             # Only now do the statistics move: r and d are made of the old ones.
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
             self.steps += 1
-        return (centred * (self.r / std) + self.d) * self.scale + self.bias
+        return (centred * (r / std) + d) * self.scale + self.bias
 
 
 class MLP(nn.Module):
-    """Norm -> (dense -> ReLU -> norm) x 2 -> dense: [B, n_in] -> [B, n_out].
+    """Norm -> (dense -> ReLU -> norm) x 2 -> dense: [B, n_in], in one or more parts -> [B, n_out].
+    With ensemble=(N,) it is N networks side by side: -> [N, B, n_out]."""
 
-    With ensemble=(N,) it is N networks side by side: [B, n_in] -> [N, B, n_out].
-    """
-
-    def __init__(self, n_in, width, n_out, brn_warmup, ensemble=()):
+    def __init__(self, n_in, width, n_out, args, ensemble=()):
         super().__init__()
+        self.bf16 = args.bf16
         self.norms = nn.ModuleList()
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for n, m in ((n_in, width), (width, width), (width, n_out)):
-            std = n**-0.5 / TRUNCATED_NORMAL_STD  # LeCun normal, as in CrossQ's code
+            std = n**-0.5 / 0.87962566103423978  # LeCun normal; 0.88: cut off at 2 std
             weight = torch.empty(*ensemble, n, m)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-            self.norms.append(BatchRenorm((*ensemble, 1, n), brn_warmup))
+            self.norms.append(BatchRenorm((*ensemble, 1, n), args.brn_warmup))
             self.weights.append(weight)
             self.biases.append(torch.zeros(*ensemble, 1, m))
 
-    def forward(self, x):
-        x = self.norms[0](x) @ self.weights[0] + self.biases[0]
-        x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
+    def forward(self, *inputs):
+        x = self.norms[0](torch.cat(inputs, -1)) @ self.weights[0] + self.biases[0]
+        # The square product is most of the work. Inputs and Q-values keep their precision.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
         return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
 
 
 class Agent(nn.Module):
-    """Networks, optimisers, losses and updates.
-
-    O, A and B are the sizes of an observation, an action and a batch. Actions are in [-1, 1].
-    """
+    """Networks, optimisers, losses and updates. O, A and B are the sizes of an observation, an
+    action and a batch. Actions are in [-1, 1]."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.obs_dim, self.action_dim, self.args = obs_dim, action_dim, args
+        self.args = args
+        self.action_dim = action_dim
         self.n_updates = 0
-        self.reset()
-
-    def reset(self):
-        """Fresh networks and optimisers. Algorithms with resets call it again."""
-        self.critic = self.make_critic()
-        self.actor = self.make_actor()
-        self.optimizers = self.make_optimizers()
-
-    def make_critic(self):
-        """All Q-functions at once: [B, O + A] -> [n_critics, B, 1]."""
-        n_in, args = self.obs_dim + self.action_dim, self.args
-        return MLP(n_in, args.critic_width, 1, args.brn_warmup, ensemble=(args.n_critics,))
-
-    def make_actor(self):
-        """The action before tanh: [B, O] -> [B, A]."""
-        return MLP(self.obs_dim, self.args.actor_width, self.action_dim, self.args.brn_warmup)
-
-    def make_optimizers(self):
-        """Keyed by name."""
-        args, betas = self.args, (self.args.adam_beta1, 0.999)
-        return {
-            "critic": Adam(self.critic.parameters(), args.critic_lr, betas, fused=True),
-            "actor": Adam(self.actor.parameters(), args.actor_lr, betas, fused=True),
-        }
+        self.critic = MLP(obs_dim + action_dim, args.critic_width, 1, args, (args.n_critics,))
+        self.actor = MLP(obs_dim, args.actor_width, action_dim, args)
+        betas = (args.adam_beta1, 0.999)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, betas, fused=True)
+        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr, betas, fused=True)
 
     def policy(self, obs):
         """Deterministic: obs [B, O] -> action [B, A]."""
         return self.actor(obs).tanh()
 
-    def q(self, critic, obs, action):
-        """obs [B, O], action [B, A] -> the Q of every critic [n_critics, B]."""
-        return critic(torch.cat([obs, action], -1)).squeeze(-1)
-
-    def target_q(self, next_q, draws):
-        """From [n_critics, B] to the target's [B]; subclasses use `draws`, see draw."""
-        return next_q.min(0).values
-
-    def actor_q(self, q):
-        """From [n_critics, B] to what the actor maximises [B]; TD3 itself: the first critic."""
-        return q.min(0).values
-
-    def critic_loss(self, batch, draws):
+    def critic_loss(self, batch, noise):
         """Half the squared Bellman error: mean over the batch, sum over the critics."""
         obs, action, reward, terminated, next_obs = batch
         self.actor.eval()  # not trained here: it uses its running statistics
         with torch.no_grad():
             clip = self.args.target_noise_clip
-            noise = (self.args.target_noise * draws["noise"]).clamp(-clip, clip)
+            noise = (self.args.target_noise * noise).clamp(-clip, clip)
             next_action = (self.policy(next_obs) + noise).clamp(-1, 1)
 
-        # The joint pass (figure 2). One forward of 2B rows normalises both halves by the
-        # statistics of their mixture. The target is detached, and yet (s', a') takes part in q's
-        # gradient through these statistics: two passes would be another algorithm.
+        # The joint pass. One forward of 2B rows normalises both halves by the statistics of their
+        # mixture. The target is detached, yet (s', a') takes part in q's gradient through the
+        # shared mean and variance. Two passes would be another algorithm.
         self.critic.train()
         both_obs = torch.cat([obs, next_obs])  # [2B, O]
         both_actions = torch.cat([action, next_action])  # [2B, A]
-        q, next_q = self.q(self.critic, both_obs, both_actions).chunk(2, -1)  # [n_critics, B] each
+        q, next_q = self.critic(both_obs, both_actions).squeeze(-1).chunk(2, 1)  # [n_critics, B]
 
-        next_value = self.target_q(next_q, draws)
-        target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()  # [B]
-        loss = 0.5 * (q - target).square().mean(-1).sum()
-        return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
+        next_value = next_q.min(0).values  # [B]
+        target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()
+        return 0.5 * (q - target).square().mean(1).sum(), q.mean()
 
-    def actor_loss(self, batch):
-        """The Q-value of the actor's actions, negated."""
-        obs = batch[0]
+    def actor_loss(self, obs):
+        """The Q-value of the actor's actions, negated. TD3 itself takes the first critic alone."""
         self.actor.train()
         action = self.policy(obs)
         self.critic.eval()
-        q = self.q(self.critic, obs, action)  # [n_critics, B]
-        loss = -self.actor_q(q).mean()
-        return loss, {"losses/actor": loss}
-
-    def draw(self, batch, rng):
-        """The noise [B, A] on a'; not drawn in compiled code, which takes no generator."""
-        return {"noise": torch.randn(batch[1].shape, generator=rng, device=rng.device)}
+        return -self.critic(obs, action).squeeze(-1).min(0).values.mean()
 
     def update(self, batch, rng):
-        """A critic update and, every policy_delay-th time, an actor update; returns scalars."""
-        info = self.descend("critic", self.critic_loss, batch, self.draw(batch, rng))
+        """A critic update and, every policy_delay-th time, one of the actor."""
+        noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
+        critic_loss, q_mean = self.critic_loss(batch, noise)
+        descend(self.critic_optimizer, critic_loss)
+        info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
-            info |= self.descend("actor", self.actor_loss, batch)
+            self.critic.requires_grad_(False)  # spares its gradients
+            actor_loss = self.actor_loss(batch[0])
+            self.critic.requires_grad_(True)
+            descend(self.actor_optimizer, actor_loss)
+            info |= {"losses/actor": actor_loss}
         return info
-
-    def descend(self, name, loss_fn, *inputs):
-        """One step of the named optimiser. Its own parameters alone get gradients, so no other
-        network needs freezing."""
-        optimizer = self.optimizers[name]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients, info = self.gradients(loss_fn, parameters, *inputs)
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient.contiguous()  # CUDA refuses padding, which compiling adds
-        optimizer.step()
-        return info
-
-    def gradients(self, loss_fn, parameters, *inputs):
-        """The part of a step that is compiled."""
-        loss, info = loss_fn(*inputs)
-        gradients = torch.autograd.grad(loss, parameters)
-        return gradients, {name: scalar.detach() for name, scalar in info.items()}
 
     def random_action(self, rng):
-        """Uniform in [-1, 1]: [A]."""
+        """Uniform in [-1, 1]: [A], in NumPy."""
         return torch.rand(self.action_dim, generator=rng, device=rng.device).cpu().numpy() * 2 - 1
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
-        """obs [..., O] -> action [..., A], in NumPy: with exploration noise if rng is given."""
+        """obs [O] -> action [A], in NumPy: with exploration noise if rng is given."""
         self.actor.eval()
         obs = torch.as_tensor(obs).to(next(self.parameters()))  # its precision and device
         action = self.policy(obs[None])[0]
@@ -291,412 +209,247 @@ class Agent(nn.Module):
         return action.cpu().numpy()
 
 
-class ReplayBuffer:
-    """The last --buffer-size transitions, float32, on the device; a row is a whole transition."""
+def descend(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
-    def __init__(self, obs_dim, action_dim, args, device):
+
+class ReplayBuffer:
+    """The last --buffer-size transitions, in float32 on the device, one per row."""
+
+    def __init__(self, obs_dim, action_dim, args):
         self.widths = [obs_dim, action_dim, 1, 1, obs_dim]
-        self.rows = torch.empty(args.buffer_size, sum(self.widths), device=device)
-        self.position, self.size = 0, 0
+        self.rows = torch.empty(args.buffer_size, sum(self.widths), device=args.device)
+        self.added = 0
 
     def add(self, obs, action, reward, terminated, next_obs):
         row = np.hstack([obs, action, reward, terminated, next_obs], dtype=np.float32)
-        self.rows[self.position] = torch.from_numpy(row)
-        self.position = (self.position + 1) % len(self.rows)
-        self.size = min(self.size + 1, len(self.rows))
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
 
     def sample(self, n, rng):
         """n rows with replacement: obs [n, O], action [n, A], reward, terminated [n], next_obs."""
-        index = torch.randint(self.size, (n,), generator=rng, device=self.rows.device)
+        size = min(self.added, len(self.rows))
+        index = torch.randint(size, (n,), generator=rng, device=self.rows.device)
         obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, -1)
         return obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs
 
 
-# --------------------------------------------------------------------------------------- training
+# ------------------------------ environments, checkpoints, training
 
 
-def train(run, eval_env, evaluate):
-    """Evaluate, act, store, update, until the steps are done or a signal comes."""
-    args, agent, buffer, rng = run.args, run.agent, run.buffer, run.rng
-    compile_at = max(COMPILE_AFTER[args.compile], agent.n_updates)
-    while not run.signals:
-        if run.due(args.eval_every) and run.step > run.evaluated:
-            run.log_evaluation(evaluate(agent, eval_env, run.step, run.folder))
-        if run.step >= args.total_timesteps:
-            break
+class Env(gym.Wrapper):
+    """What the agent meets: flat float32 observations, and actions in [-1, 1] that are repeated."""
 
-        learning = run.step >= args.learning_starts * args.action_repeat
-        action = agent.act(run.obs, rng) if learning else agent.random_action(rng)
-        next_obs, reward, terminated, truncated, info = run.env.step(action)
-        # `terminated`, not `terminated or truncated`: a time limit does not end the task. What
-        # would come after it still has a value, so the target bootstraps.
-        buffer.add(run.obs, action, reward, terminated, next_obs)
-        run.obs = next_obs
-        run.actions.append(action.tolist())  # for a resume
-        run.step += args.action_repeat
-        check_finite(run.step, observation=next_obs, reward=reward)
-        if terminated or truncated:
-            run.log({"charts/episodic_return": info["episode"]["r"]})
-            run.open_episode(run.episode + 1)
+    def __init__(self, env, repeat):
+        super().__init__(env)
+        box = env.action_space
+        if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
+            sys.exit(f"error: the actions must be a vector in a bounded Box, not {box}")
+        n_obs = gym.spaces.flatdim(env.observation_space)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (n_obs,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, box.shape, np.float32)
+        self.low, self.high = np.float64(box.low), np.float64(box.high)
+        self.repeat = repeat
 
-        if learning:
-            for _ in range(args.utd):
-                if agent.n_updates == compile_at:
-                    compile_updates(agent)
-                run.losses |= agent.update(buffer.sample(args.batch_size, rng), rng)
-            if run.due(1000 * args.action_repeat):
-                run.log(run.losses)
-        run.progress.update(args.action_repeat)
-        if run.due(args.checkpoint_every):
-            run.save()
+    def flat(self, obs):
+        return gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
 
+    def reset(self, **kwargs):
+        self.episode_return, self.episode_length = 0.0, 0  # length in environment steps
+        obs, info = self.env.reset(**kwargs)
+        return self.flat(obs), info
 
-def evaluate(agent, env, step, run_dir):
-    """Deterministic episodes; rows of evaluations.csv: step, episode, return, length, success."""
-    rows = []
-    for episode in range(agent.args.eval_episodes):
-        obs, _ = env.reset(seed=reset_seed(agent.args.seed, step, episode))
-        success, over = "", False
-        while not over:
-            obs, reward, terminated, truncated, info = env.step(agent.act(obs))
-            check_finite(step, observation=obs, reward=reward)
-            for key in {"solved", "is_success", "success"} & info.keys():
-                success = max(success or 0, int(info[key]))  # at any time of the episode
-            over = terminated or truncated
-        rows.append((step, episode, float(info["episode"]["r"]), info["episode"]["l"], success))
-    return rows
+    def step(self, action):
+        action = self.low + (self.high - self.low) * (np.float64(action) + 1) / 2
+        action = action.clip(self.low, self.high).astype(self.env.action_space.dtype)
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += np.float64(reward).item()  # whatever its type
+            self.episode_length += 1
+            if terminated or truncated:
+                break
+        self.episode_return += total
+        return self.flat(obs), total, terminated, truncated, info
 
 
-# ------------------------------------- nothing about CrossQ below: environments, arguments, files
+def make_env(args):
+    return Env(gym.make(args.env_id), args.action_repeat)
 
 
-def fail(*message, code=2):
-    """End with one line. Code 2: a wrong argument, environment or checkpoint; 1: a failed run."""
-    print("error:", *" ".join(map(str, message)).split(), file=sys.stderr)
-    sys.exit(code)
+def reset_seed(*key):
+    """A hash of the run's seed, the evaluation's step (training: 0) and the episode's number."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def check_finite(step, **values):
     for name, value in values.items():
-        if not torch.as_tensor(value).float().isfinite().all():
-            fail(name, "is NaN or infinite at step", step, code=1)
+        if not torch.as_tensor(value).isfinite().all():
+            sys.exit(f"error: {name} is NaN or infinite at step {step}")
 
 
-def reset_seed(*key):
-    """A hash of the run's seed, the evaluation's step (training: 0) and the episode."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+def evaluate(agent, env, step):
+    """Deterministic episodes; rows of evaluations.csv: step, episode, return, length, success."""
+    rows = []
+    for episode in range(agent.args.eval_episodes):
+        obs, _ = env.reset(seed=reset_seed(agent.args.seed, step, episode))
+        success, done = "", False
+        while not done:
+            action = agent.act(obs)
+            check_finite(step, action=action)
+            obs, _, terminated, truncated, info = env.step(action)
+            for key in ("success", "is_success", "solved"):
+                if key in info:  # a success at any time of the episode counts
+                    success = int(success or bool(np.any(info[key])))
+            done = terminated or truncated or env.episode_length >= 100_000
+        rows.append((step, episode, env.episode_return, env.episode_length, success))
+    return rows
 
 
-def suite_of(env_id):
-    """The package that provides an id of DeepMind Control or MyoSuite; None for all others."""
-    if env_id.removeprefix("shimmy:").startswith("dm_control/"):
-        return "shimmy"
-    name = env_id.removeprefix("myosuite:")
-    return "myosuite" if name.startswith("myo") and ":" not in name else None
+def save(folder, agent, buffer, rng, progress):
+    """Written aside and renamed: a kill leaves the old checkpoint or the new one, whole."""
+    check_finite(progress[0], **agent.state_dict())
+    optimizers = {k: v.state_dict() for k, v in vars(agent).items() if isinstance(v, Optimizer)}
+    checkpoint = {
+        "args": asdict(agent.args),
+        "agent": agent.state_dict(),
+        "n_updates": agent.n_updates,
+        "optimizers": optimizers,
+        "rows": buffer.rows[: buffer.added].cpu().clone(),  # a view would save all rows
+        "buffer": {k: v for k, v in vars(buffer).items() if k != "rows"},
+        "rng": rng.get_state(),
+        "progress": progress,
+    }
+    torch.save(checkpoint, folder / "checkpoint.tmp")
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
 
 
-class Env(gym.Wrapper):
-    """Plays each action n times and sums the rewards; a signal ends an evaluation here."""
-
-    n, signals = 1, ()
-
-    def step(self, action):
-        if self.signals:
-            raise KeyboardInterrupt
-        total = 0.0
-        for _ in range(self.n):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        if truncated and info["episode"]["l"] >= LONGEST_EPISODE:
-            print(f"an episode was cut after {LONGEST_EPISODE} steps")
-        return obs, total, terminated, truncated, info
+def load(checkpoint, agent, buffer, rng):
+    """The reverse of save; returns the progress."""
+    agent.load_state_dict(checkpoint["agent"])
+    for name, state in checkpoint["optimizers"].items():
+        getattr(agent, name).load_state_dict(state)
+    agent.n_updates = checkpoint["n_updates"]
+    buffer.rows[: len(checkpoint["rows"])] = checkpoint["rows"]
+    vars(buffer).update(checkpoint["buffer"])
+    rng.set_state(checkpoint["rng"])
+    return checkpoint["progress"]
 
 
-def make_env(args, wrapper=lambda env: env, **kwargs):
-    """An environment with float32 vectors and actions in [-1, 1], each played n times."""
-    own_module, _, name = args.env_id.rpartition(":")
-    suite = suite_of(args.env_id)
-    module = suite or own_module
-    try:
-        if module:
-            importlib.import_module(module)
-        env = wrapper(gym.make(name, **kwargs))
-    except (gym.error.Error, ImportError) as error:  # they name near matches and packages
-        frames = [call.frame for call in inspect.getinnerframes(error.__traceback__)]
-        packages = {frame.f_globals["__name__"].partition(".")[0] for frame in frames}
-        if packages - {__name__.partition(".")[0], "importlib", "gymnasium", "shimmy", "myosuite"}:
-            raise  # a mistake in the user's module
-        suites = "(pip install shimmy[dm-control] dm_control==1.0.50 myosuite==3.0.0)"
-        fail(f"--env-id {args.env_id}:", error, suites if suite else "")
-    actions, obs = env.action_space, env.observation_space
-    box = isinstance(actions, gym.spaces.Box) and actions.is_bounded() and len(actions.shape) == 1
-    if not box or actions.dtype.kind != "f" or len(obs.shape or ()) > 2:
-        needed = "needed: actions in a bounded Box of floats, vectors to observe, no images"
-        fail(f"--env-id {args.env_id} has", actions, "and", obs, needed)
-    # RescaleAction rounds, which may lead out of the bounds.
-    env = gym.wrappers.TransformAction(env, lambda a: a.clip(actions.low, actions.high), actions)
-    one = actions.dtype.type(1)
-    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.TimeLimit(env, LONGEST_EPISODE))
-    env = gym.wrappers.DtypeObservation(gym.wrappers.FlattenObservation(env), np.float32)
-    env = Env(gym.wrappers.RescaleAction(env, -one, one))
-    env.n = args.action_repeat
-    return env
-
-
-def choose_device(args):
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_flush_denormal(True)  # denormals, which Adam leaves, are slow
-    # On some CPUs "medium" is faster and as exact; others round to bfloat16, CUDA to TF32.
-    torch.set_float32_matmul_precision("medium")
-    a = torch.rand(256, 256, device=device)
-    if (a @ a - a.double() @ a.double()).abs().max() > 1e-3:
-        torch.set_float32_matmul_precision(args.matmul_precision)
-    return device
-
-
-def compile_updates(agent):
-    """Compile losses and gradients; without a compiler, or Python's headers, say so and go on."""
-    torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a graph
-    torch._dynamo.config.recompile_limit = 1000  # one process may train many agents
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True  # losses may use n_updates
-    try:
-        torch.compile(torch.square)(next(agent.parameters()).detach())
-        agent.gradients = torch.compile(agent.gradients, fullgraph=True)
-    except Exception as error:  # backends raise many kinds
-        print(f"torch.compile does not work here: {error!r:.150}")
-
-
-def parse_args(argv=None, Args=Args, Agent=Agent):
-    """The arguments, checked, and the checkpoint of --resume or --evaluate, otherwise {}."""
-    args, checkpoint = tyro.cli(Args, args=argv), {}
-    if None not in (args.resume, args.evaluate):
-        fail("--resume or --evaluate, not both")
-    default = Args(**Args.suite_defaults(args.env_id))
-    run_dir = args.evaluate if args.resume is None else args.resume
-    if run_dir is not None:
-        path = Path(run_dir, "checkpoint.pt")
-        try:  # as data, never as code; to evaluate, the replay buffer stays on the disk
-            checkpoint = torch.load(path, "cpu", weights_only=True, mmap=args.resume is None)
-            program = checkpoint["program"] if "buffer" in checkpoint else "an earlier version"
-            if program != program_of(Agent):
-                raise ValueError(f"a run of {program}, not of {program_of(Agent)}")
-            default = Args(**checkpoint["args"])
-        except Exception as error:  # it raises many kinds
-            fail("cannot go on from", path, "which is left as it is:", repr(error)[:300])
-    args = tyro.cli(Args, args=argv, default=default)
-    changed = {k for k, v in vars(args).items() if v != getattr(default, k)} - args.MAY_CHANGE
-    if checkpoint and (changed or args.total_timesteps < default.total_timesteps):
-        changed = changed or "total_timesteps downwards"
-        fail(f"of {run_dir} only {sorted(args.MAY_CHANGE)} may change, not {changed}")
+def parse(argv, Args):
+    """The arguments, checked; the checkpoint of --resume or None; the run's folder."""
+    args, checkpoint = tyro.cli(Args, args=argv), None
+    if args.resume:
+        checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), "cpu", weights_only=True)
+        args = tyro.cli(Args, args=argv, default=Args(**checkpoint["args"]))
     for name, value in vars(args).items():
-        zero, most = name in args.MAY_BE_ZERO, args.AT_MOST.get(name, 1e15)
-        if type(value) in (int, float) and not (0 < value <= most or value == 0 and zero):
-            above = ">=" if zero else ">"
-            fail("--" + name.replace("_", "-"), "is", value, "but must be", above, "0 and <=", most)
-    if args.buffer_size < args.batch_size:
-        fail("--buffer-size must be at least --batch-size,", args.batch_size)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: there is none; use --device cpu or auto")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs a package: pip install wandb")
-    return args, checkpoint
+        least = 0 if name in ("seed", "learning_starts", "brn_warmup") else 1
+        if (type(value) is int and value < least) or (name == "gamma" and not 0 <= value <= 1):
+            sys.exit(f"error: --{name.replace('_', '-')} {value} is out of range")
+    name = f"{args.env_id}__{Path(sys.argv[0]).stem}__{args.seed}__{time.time():.3f}"
+    args.run_name = args.run_name or name.replace("/", "_").replace(":", "_")
+    folder = Path(args.resume or Path("runs", args.run_name))
+    if folder.exists() and not args.resume:
+        sys.exit(f"error: {folder} exists: --resume it or choose another --run-name")
+    return args, checkpoint, folder
 
 
-def program_of(Agent):
-    """The file that defines Agent. Its runs are named after it, and only it resumes them."""
-    file = getattr(sys.modules.get(Agent.__module__), "__file__", "notebook")
-    return getattr(Agent, "program", None) or Path(file).stem
+def compiled(loss):
+    """The loss in compiled code. If anything cannot be compiled, all runs as it is."""
+    fast = torch.compile(loss)
 
-
-class Run:
-    """A run's parts, where its loop stands, and its folder."""
-
-    STATE = ("step", "episode", "actions", "evaluated", "evaluations", "starts")  # to be saved
-
-    def __init__(self, args, env, agent, buffer, rng):
-        self.args, self.env, self.agent, self.buffer, self.rng = args, env, agent, buffer, rng
-        self.step = 0  # environment steps: agent steps x action repeat
-        self.evaluated = 0  # step of the last evaluation
-        self.evaluations = []  # rows of evaluations.csv
-        self.starts = []  # device and versions, at the start and at every resume
-        self.losses, self.signals = {}, []
-        program = program_of(type(agent))
-        name = args.run_name or f"{args.env_id}__{program}__{args.seed}__{int(time.time())}"
-        self.folder = Path(args.resume or Path("runs", re.sub(r"[/\\:]|^\.+$", "_", name)))
-        used = any((self.folder / file).exists() for file in ("checkpoint.pt", "evaluations.csv"))
-        if used and args.resume is None:
-            fail(f"{self.folder} already holds a run: --resume it, or choose another --run-name")
-
-    def due(self, every):
-        return self.step % every < self.args.action_repeat
-
-    def open_episode(self, number, actions=()):
-        """Begin an episode; at a resume, its actions so far are played again."""
-        self.episode, self.actions = number, list(actions)
-        self.obs, _ = self.env.reset(seed=reset_seed(self.args.seed, 0, number))
-        for action in actions:
-            self.obs, *_ = self.env.step(np.float32(action))
-        check_finite(self.step, observation=self.obs)
-
-    def save(self):
-        """Write checkpoint.pt aside and rename it: a kill leaves the old or the new one, whole."""
-        check_finite(self.step, **self.losses)
-        checkpoint = {
-            "program": program_of(type(self.agent)),
-            "args": vars(self.args) | {"resume": None},
-            "run": {name: getattr(self, name) for name in self.STATE},
-            "obs": self.obs.tolist(),
-            "agent": self.agent.state_dict(),
-            "n_updates": self.agent.n_updates,
-            "optimizers": {k: v.state_dict() for k, v in self.agent.optimizers.items()},
-            "rows": self.buffer.rows[: self.buffer.size].cpu().clone(),  # a view is saved whole
-            "buffer": {k: v for k, v in vars(self.buffer).items() if k != "rows"},
-            "rng": self.rng.get_state(),
-            "global_rng": torch.get_rng_state(),  # of which a reset makes its networks
-        }
-        path = self.folder / "checkpoint.tmp"
-        with open(path, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file)
-        torch.load(path, "cpu", weights_only=True, mmap=True)  # fail now, not at a resume
-        os.replace(path, self.folder / "checkpoint.pt")
-
-    def load(self, checkpoint):
-        """The reverse of save; the open episode is played again."""
-        vars(self).update(checkpoint["run"])
-        self.agent.load_state_dict(checkpoint["agent"])
-        self.agent.n_updates = checkpoint["n_updates"]
-        for name, optimizer in self.agent.optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-        vars(self.buffer).update(checkpoint["buffer"])
-        self.buffer.rows[: self.buffer.size] = checkpoint.pop("rows")
-        torch.set_rng_state(checkpoint["global_rng"])
-        if checkpoint["rng"].shape == self.rng.get_state().shape:  # CUDA's is not the CPU's
-            self.rng.set_state(checkpoint["rng"])
-        self.open_episode(self.episode, self.actions)
-        if self.obs.tolist() != checkpoint["obs"]:
-            print("the open episode does not replay bit by bit here: a fresh one begins")
-            self.open_episode(self.episode + 1)
-
-    def open(self):
-        """Make the folder, with args.json and a first checkpoint, and begin to log."""
-        args, device, git = self.args, f"CPU, {torch.get_num_threads()} threads", ""
-        if self.rng.device.type == "cuda":
-            device = torch.cuda.get_device_name()
-        with contextlib.suppress(OSError):  # there is no git
-            command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-            git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-        self.starts.append({"device": device, "git": git} | versions)
+    def call(*inputs):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            about = json.dumps({"args": vars(args), "starts": self.starts}, indent=2)
-            (self.folder / "args.json").write_text(about)
-        except OSError as error:
-            fail(self.folder, "cannot be written:", error)
-        self.save()
-        if args.track:  # it copies TensorBoard's events, so it begins before them
-            import wandb
+            return fast(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            torch.compiler.set_stance("force_eager")
+            print(f"not compiled: {error!r:.150}", file=sys.stderr)
+            return loss(*inputs)
 
-            name = self.folder.name
-            wandb.init(id=name, resume="allow", config=vars(args), sync_tensorboard=True)
-        self.write_evaluations()
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.progress = tqdm(total=args.total_timesteps, initial=self.step, disable=None)
-        self.clock = self.step, time.perf_counter()
-        changed = [f"{k} {v}" for k, v in vars(args).items() if v != getattr(type(args), k)]
-        size = self.buffer.rows.nbytes
-        print(f"{self.folder} on {device}; buffer {size:,} bytes; {', '.join(changed)}")
-        if device.startswith("CPU") and torch.get_num_threads() > 1:
-            print("several runs at once are much faster with OMP_NUM_THREADS=1 set for each")
-
-    def log(self, values):
-        check_finite(self.step, **values)
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, self.step)
-
-    def log_evaluation(self, rows):
-        self.evaluated = self.step
-        self.evaluations += rows
-        self.write_evaluations()
-        mean = float(np.mean([row[2] for row in rows]))
-        step, then = self.clock
-        self.clock = self.step, time.perf_counter()
-        speed = (self.step - step) / (self.clock[1] - then)  # since the last evaluation
-        self.log({"eval/return": mean, "charts/SPS": speed})
-        self.progress.write(f"step {self.step:,}: return {mean:,.1f}; {speed:.0f} steps/s")
-        sys.stdout.flush()  # a log file shows it at once
-
-    def write_evaluations(self):
-        with open(self.folder / "evaluations.tmp", "w") as file:
-            for row in [("step", "episode", "return", "length", "success"), *self.evaluations]:
-                print(*row, sep=",", file=file)
-        os.replace(self.folder / "evaluations.tmp", self.folder / "evaluations.csv")
-
-    def on_signal(self, number, frame):
-        """SIGINT and SIGTERM end the loop; a second one ends the program at once."""
-        self.signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return call
 
 
 def main(
-    argv=None,
-    Args=Args,
-    Agent=Agent,
-    ReplayBuffer=ReplayBuffer,
-    make_env=make_env,
-    evaluate=evaluate,
+    argv=None, Args=Args, Agent=Agent, Buffer=ReplayBuffer, make_env=make_env, evaluate=evaluate
 ):
-    """Train, or with --evaluate only evaluate; returns the exit code: 0, or 128 + a signal.
-
-    A program that extends this one passes its own classes and functions.
-    """
-    warnings.filterwarnings("ignore", ".*(out of date|precision lowered)")  # on -v4, float32
-    if os.getcwd() not in sys.path:  # for --env-id my_module:MyEnv-v0
-        sys.path.append(os.getcwd())
-    args, checkpoint = parse_args(argv, Args, Agent)
-    env = make_env(args)
-    device = choose_device(args)
+    """Train. Pass classes and functions of your own to extend this."""
+    warnings.filterwarnings("ignore", ".*out of date")  # the papers use the -v4 environments
+    sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
+    args, checkpoint, folder = parse(argv, Args)
+    env, eval_env = make_env(args), make_env(args)
+    # "medium" is faster on some CPUs and as exact. Others, and GPUs, round.
+    torch.set_float32_matmul_precision("medium")
+    a = torch.rand(256, 256, device=args.device)
+    if (a @ a - a.double() @ a.double()).abs().max() > 1e-3:
+        torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(True)  # Adam's averages decay to denormal numbers, which are slow
     torch.manual_seed(args.seed)
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = Agent(*sizes, args).to(device)
-    if args.evaluate is not None:
-        agent.load_state_dict(checkpoint["agent"])
-        step = checkpoint["run"]["step"]
-        _, _, returns, _, successes = zip(*evaluate(agent, env, step, Path(args.evaluate)))
-        env.close()
-        success = "" if "" in successes else f", success {np.mean(successes):.2f}"
-        mean, std = np.mean(returns), np.std(returns)
-        print(f"{args.evaluate} at step {step}: {mean:.1f} ± {std:.1f}{success}")
-        return 0
-    try:
-        buffer = ReplayBuffer(*sizes, args, device)
-    except RuntimeError as error:  # PyTorch has no memory
-        fail(f"--buffer-size {args.buffer_size}:", error)
-    rng = torch.Generator(device).manual_seed(args.seed)  # of all that is random from here on
-    run = Run(args, env, agent, buffer, rng)
-    eval_env = make_env(args)
-    eval_env.set_wrapper_attr("signals", run.signals)
-    if checkpoint:
-        run.load(checkpoint)
-    else:
-        run.open_episode(0)
-    run.open()
-    with env, eval_env, run.writer, run.progress, contextlib.ExitStack() as at_the_end:
-        with contextlib.suppress(ValueError):  # only a main thread may handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, run.on_signal)
-                at_the_end.callback(signal.signal, number, before)
-        with contextlib.suppress(KeyboardInterrupt):  # a resume repeats a cut evaluation
-            train(run, eval_env, evaluate)
-        run.save()
-        run.progress.write(f"ended at step {run.step:,}; --resume {run.folder} goes on from here")
-    return 128 + run.signals[0] if run.signals else 0
+    sizes = env.observation_space.shape + env.action_space.shape
+    agent = Agent(*sizes, args).to(args.device)
+    buffer = Buffer(*sizes, args)
+    rng = torch.Generator(args.device).manual_seed(args.seed)  # of all randomness from here on
+    step, episode, evaluations = load(checkpoint, agent, buffer, rng) if checkpoint else (0, 0, [])
+    if args.compile:
+        agent.critic_loss = compiled(agent.critic_loss)
+        agent.actor_loss = compiled(agent.actor_loss)
+    folder.mkdir(parents=True, exist_ok=bool(args.resume))
+    about = asdict(args) | {m.__name__: m.__version__ for m in (torch, gym, np)}
+    (folder / "args.json").write_text(json.dumps(about | {"command": sys.argv}, indent=2))
+    if args.track:
+        import wandb
+
+        wandb.init(id=folder.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder, purge_step=step)
+    bar = tqdm(total=args.total_timesteps, initial=step, mininterval=10)
+    bar.write(f"{folder} on {args.device}, {args.learning_starts:,} random steps first", sys.stderr)
+    save(folder, agent, buffer, rng, (step, episode, evaluations))
+    obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
+    losses, saved, clock = {}, time.time(), (step, time.time())
+    while step < args.total_timesteps:
+        learning = step >= args.learning_starts * args.action_repeat
+        action = agent.act(obs, rng) if learning else agent.random_action(rng)
+        check_finite(step, action=action)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        # Not `or truncated`: after a time limit the task would go on, so the target bootstraps.
+        buffer.add(obs, action, reward, terminated, next_obs)
+        obs = next_obs
+        step += args.action_repeat
+        bar.update(args.action_repeat)
+
+        if learning:
+            for _ in range(args.utd):
+                losses |= agent.update(buffer.sample(args.batch_size, rng), rng)
+            if step % 1000 < args.action_repeat:
+                check_finite(step, **losses)
+                for name, value in losses.items():
+                    writer.add_scalar(name, value, step)
+
+        if step % args.eval_every < args.action_repeat:
+            speed = (step - clock[0]) / (time.time() - clock[1])
+            rows = evaluate(agent, eval_env, step)
+            evaluations += rows
+            head = "step,episode,return,length,success"
+            np.savetxt(folder / "evaluations.csv", evaluations, "%s", ",", header=head, comments="")
+            mean = np.mean([row[2] for row in rows])
+            writer.add_scalar("eval/return", mean, step)
+            writer.add_scalar("charts/SPS", speed, step)
+            bar.write(f"step {step:,}: return {mean:,.1f}; {speed:.0f} steps/s", sys.stderr)
+            clock = step, time.time()
+
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", env.episode_return, step)
+            episode += 1
+            obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
+            # Between episodes there is nothing of the environment to be saved.
+            if time.time() - saved > 60 * args.checkpoint_minutes:
+                save(folder, agent, buffer, rng, (step, episode, evaluations))
+                saved = time.time()
+    save(folder, agent, buffer, rng, (step, episode, evaluations))
+    writer.close()
+    bar.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
