@@ -55,7 +55,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions
     learning_starts: int = 5000  # random agent steps before the first update
     gamma: float = 0.99  # discount (MyoSuite: 0.95)
-    alpha: float = 0.01  # initial temperature (later code; paper: 1)
+    alpha: float = 0.01  # initial temperature (paper: 1)
     entropy_factor: float = 1.0  # target entropy: -this * dim(A) (second version: 0.5)
     action_repeat: int = 1  # environment steps per agent step (DMC, MyoSuite: 2)
     eval_every: int = 10_000  # environment steps between evaluations
@@ -123,7 +123,7 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def project(self):
-        """Each hidden neuron's weights and bias get, together, norm 1."""
+        """Each hidden neuron's weights and bias together get norm 1."""
         for weight, bias in zip(self.weights[:2], self.biases[:2]):
             norm = (weight.square().sum(-2, keepdim=True) + bias.square()).sqrt()  # [..., 1, m]
             weight /= norm
