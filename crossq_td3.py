@@ -1,11 +1,11 @@
 """CrossQ on TD3, in one file (Bhatt et al., ICLR 2024, arXiv 1902.05605, section 4.1).
 
-TD3 without target networks. Instead actor and critic are batch-renormalised, and a wider critic
+TD3 without target networks: actor and critic are batch-renormalised instead, and a wider critic
 sees (s, a) and (s', a') in one joint pass. Noise smooths a', and the actor is deterministic.
 
     python crossq_td3.py --env-id Walker2d-v4 --critic-width 2048    # the paper's setting
     python crossq_td3.py --env-id HalfCheetah-v4 --critic-width 256  # for a CPU
-    python crossq_td3.py --resume runs/NAME                          # go on after a kill
+    python crossq_td3.py --resume runs/NAME                          # continue after a kill
 """
 
 # /// script
@@ -38,8 +38,8 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = True  # torch.compile the losses
-    bf16: bool = False  # multiply the hidden layers in bfloat16
-    critic_width: int = 2048  # units per hidden layer (section 3.3; "CrossQ small": 256)
+    bf16: bool = False  # the widest product in bfloat16
+    critic_width: int = 2048  # units per hidden layer (table 1; "CrossQ small": 256)
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
     brn_warmup: int = 100_000  # training forwards before renormalising (table 1)
@@ -58,9 +58,9 @@ class Args:
     action_repeat: int = 1  # environment steps per agent step
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation
-    checkpoint_minutes: float = 10  # between checkpoints, which wait for an episode's end
+    checkpoint_minutes: float = 10  # between checkpoints, made as episodes end
     run_name: str | None = None  # folder under runs/; default ENV__PROGRAM__SEED__TIME
-    resume: str | None = None  # runs/NAME: go on with this run
+    resume: str | None = None  # runs/NAME: continue this run
     track: bool = False  # Weights & Biases too (pip install wandb)
 
 
@@ -69,8 +69,8 @@ class Args:
 
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the rows of x [..., B, F].
-    Training normalises x by its own statistics. Then r and d, clipped and without gradient, correct
-    it to what the running ones would give. For the first `warmup` training forwards r = 1 and
+    Training normalises x by its own statistics. Then r and d, clipped and without gradient, turn
+    that into what the running ones would give. In the first `warmup` training forwards, r = 1 and
     d = 0: plain batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side."""
 
     momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # PyTorch: momentum 0.01
@@ -93,12 +93,12 @@ class BatchRenorm(nn.Module):
         var = centred.square().mean(-2, keepdim=True)  # biased, for the running average too
         std = (var + self.eps).sqrt()
         with torch.no_grad():
-            warm = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
-            r_max = torch.where(warm, self.r_max, 1.0)
-            d_max = torch.where(warm, self.d_max, 0.0)
+            active = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
+            r_max = torch.where(active, self.r_max, 1.0)
+            d_max = torch.where(active, self.d_max, 0.0)
             r = (std / running_std).clamp(1 / r_max, r_max)
             d = ((mean - self.running_mean) / running_std).clamp(-d_max, d_max)
-            # Only now do the statistics move: r and d are made of the old ones.
+            # Only now, after r and d, do the statistics move.
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
             self.steps += 1
@@ -106,7 +106,7 @@ class BatchRenorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Norm -> (dense -> ReLU -> norm) x 2 -> dense: [B, n_in], in one or more parts -> [B, n_out].
+    """Norm -> (dense -> ReLU -> norm) x 2 -> dense: inputs, joined to [B, n_in] -> [B, n_out].
     With ensemble=(N,) it is N networks side by side: -> [N, B, n_out]."""
 
     def __init__(self, n_in, width, n_out, args, ensemble=()):
@@ -116,7 +116,7 @@ class MLP(nn.Module):
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for n, m in ((n_in, width), (width, width), (width, n_out)):
-            std = n**-0.5 / 0.87962566103423978  # LeCun normal; 0.88: cut off at 2 std
+            std = n**-0.5 / 0.87962566103423978  # LeCun normal; 0.88 offsets the cut at 2 std
             weight = torch.empty(*ensemble, n, m)
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
             self.norms.append(BatchRenorm((*ensemble, 1, n), args.brn_warmup))
@@ -125,7 +125,7 @@ class MLP(nn.Module):
 
     def forward(self, *inputs):
         x = self.norms[0](torch.cat(inputs, -1)) @ self.weights[0] + self.biases[0]
-        # The square product is most of the work. Inputs and Q-values keep their precision.
+        # The widest product is most of the work. Only it may be bfloat16.
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
         return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
@@ -153,15 +153,15 @@ class Agent(nn.Module):
     def critic_loss(self, batch, noise):
         """Half the squared Bellman error: mean over the batch, sum over the critics."""
         obs, action, reward, terminated, next_obs = batch
-        self.actor.eval()  # not trained here: it uses its running statistics
+        self.actor.eval()  # not trained here: running statistics
         with torch.no_grad():
             clip = self.args.target_noise_clip
             noise = (self.args.target_noise * noise).clamp(-clip, clip)
             next_action = (self.policy(next_obs) + noise).clamp(-1, 1)
 
         # The joint pass. One forward of 2B rows normalises both halves by the statistics of their
-        # mixture. The target is detached, yet (s', a') takes part in q's gradient through the
-        # shared mean and variance. Two passes would be another algorithm.
+        # mixture. The target is detached, yet (s', a') shapes q's gradient through the shared
+        # mean and variance. Two passes would be another algorithm.
         self.critic.train()
         both_obs = torch.cat([obs, next_obs])  # [2B, O]
         both_actions = torch.cat([action, next_action])  # [2B, A]
@@ -175,18 +175,18 @@ class Agent(nn.Module):
         """The Q-value of the actor's actions, negated. TD3 itself takes the first critic alone."""
         self.actor.train()
         action = self.policy(obs)
-        self.critic.eval()
+        self.critic.eval()  # running statistics
         return -self.critic(obs, action).squeeze(-1).min(0).values.mean()
 
     def update(self, batch, rng):
-        """A critic update and, every policy_delay-th time, one of the actor."""
+        """One critic update; every policy_delay-th time the actor too."""
         noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
         critic_loss, q_mean = self.critic_loss(batch, noise)
         descend(self.critic_optimizer, critic_loss)
         info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
-            self.critic.requires_grad_(False)  # spares its gradients
+            self.critic.requires_grad_(False)  # skip its gradients
             actor_loss = self.actor_loss(batch[0])
             self.critic.requires_grad_(True)
             descend(self.actor_optimizer, actor_loss)
@@ -201,7 +201,7 @@ class Agent(nn.Module):
     def act(self, obs, rng=None):
         """obs [O] -> action [A], in NumPy: with exploration noise if rng is given."""
         self.actor.eval()
-        obs = torch.as_tensor(obs).to(next(self.parameters()))  # its precision and device
+        obs = torch.as_tensor(obs).to(next(self.parameters()))  # dtype and device
         action = self.policy(obs[None])[0]
         if rng is not None:
             noise = torch.randn(action.shape, generator=rng, device=rng.device)
@@ -229,7 +229,7 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, n, rng):
-        """n rows with replacement: obs [n, O], action [n, A], reward, terminated [n], next_obs."""
+        """With replacement: obs [n, O], action [n, A], reward [n], terminated [n], next_obs."""
         size = min(self.added, len(self.rows))
         index = torch.randint(size, (n,), generator=rng, device=self.rows.device)
         obs, action, reward, terminated, next_obs = self.rows[index].split(self.widths, -1)
@@ -240,7 +240,7 @@ class ReplayBuffer:
 
 
 class Env(gym.Wrapper):
-    """What the agent meets: flat float32 observations, and actions in [-1, 1] that are repeated."""
+    """The agent's view: flat float32 observations; actions in [-1, 1], each repeated."""
 
     def __init__(self, env, repeat):
         super().__init__(env)
@@ -267,7 +267,7 @@ class Env(gym.Wrapper):
         total = 0.0
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total += np.float64(reward).item()  # whatever its type
+            total += np.float64(reward).item()  # to a plain float
             self.episode_length += 1
             if terminated or truncated:
                 break
@@ -280,7 +280,7 @@ def make_env(args):
 
 
 def reset_seed(*key):
-    """A hash of the run's seed, the evaluation's step (training: 0) and the episode's number."""
+    """A hash of the run's seed, the evaluation's step (training: 0), the episode's number."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -302,21 +302,21 @@ def evaluate(agent, env, step):
             obs, _, terminated, truncated, info = env.step(action)
             for key in ("success", "is_success", "solved"):
                 if key in info:  # a success at any time of the episode counts
-                    success = int(success or bool(np.any(info[key])))
+                    success = "1" if success == "1" or np.any(info[key]) else "0"
             done = terminated or truncated or env.episode_length >= 100_000
         rows.append((step, episode, env.episode_return, env.episode_length, success))
     return rows
 
 
 def save(folder, agent, buffer, rng, progress):
-    """Written aside and renamed: a kill leaves the old checkpoint or the new one, whole."""
+    """Writes aside, then renames: a kill leaves a whole checkpoint, old or new."""
     check_finite(progress[0], **agent.state_dict())
-    optimizers = {k: v.state_dict() for k, v in vars(agent).items() if isinstance(v, Optimizer)}
+    optimizers = {k: v for k, v in vars(agent).items() if isinstance(v, Optimizer)}
     checkpoint = {
         "args": asdict(agent.args),
         "agent": agent.state_dict(),
         "n_updates": agent.n_updates,
-        "optimizers": optimizers,
+        "optimizers": {k: v.state_dict()["state"] for k, v in optimizers.items()},
         "rows": buffer.rows[: buffer.added].cpu().clone(),  # a view would save all rows
         "buffer": {k: v for k, v in vars(buffer).items() if k != "rows"},
         "rng": rng.get_state(),
@@ -330,7 +330,8 @@ def load(checkpoint, agent, buffer, rng):
     """The reverse of save; returns the progress."""
     agent.load_state_dict(checkpoint["agent"])
     for name, state in checkpoint["optimizers"].items():
-        getattr(agent, name).load_state_dict(state)
+        optimizer = getattr(agent, name)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # rates: from args
     agent.n_updates = checkpoint["n_updates"]
     buffer.rows[: len(checkpoint["rows"])] = checkpoint["rows"]
     vars(buffer).update(checkpoint["buffer"])
@@ -339,7 +340,7 @@ def load(checkpoint, agent, buffer, rng):
 
 
 def parse(argv, Args):
-    """The arguments, checked; the checkpoint of --resume or None; the run's folder."""
+    """The arguments, checked; --resume's checkpoint or None; the run's folder."""
     args, checkpoint = tyro.cli(Args, args=argv), None
     if args.resume:
         checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), "cpu", weights_only=True)
@@ -348,7 +349,7 @@ def parse(argv, Args):
         least = 0 if name in ("seed", "learning_starts", "brn_warmup") else 1
         if (type(value) is int and value < least) or (name == "gamma" and not 0 <= value <= 1):
             sys.exit(f"error: --{name.replace('_', '-')} {value} is out of range")
-    name = f"{args.env_id}__{Path(sys.argv[0]).stem}__{args.seed}__{time.time():.3f}"
+    name = f"{args.env_id}__{Path(sys.argv[0]).stem}__{args.seed}__{time.time()}"
     args.run_name = args.run_name or name.replace("/", "_").replace(":", "_")
     folder = Path(args.resume or Path("runs", args.run_name))
     if folder.exists() and not args.resume:
@@ -357,7 +358,7 @@ def parse(argv, Args):
 
 
 def compiled(loss):
-    """The loss in compiled code. If anything cannot be compiled, all runs as it is."""
+    """The loss, compiled. If compiling fails, everything runs uncompiled."""
     fast = torch.compile(loss)
 
     def call(*inputs):
@@ -374,22 +375,22 @@ def compiled(loss):
 def main(
     argv=None, Args=Args, Agent=Agent, Buffer=ReplayBuffer, make_env=make_env, evaluate=evaluate
 ):
-    """Train. Pass classes and functions of your own to extend this."""
-    warnings.filterwarnings("ignore", ".*out of date")  # the papers use the -v4 environments
+    """Train. Pass parts of your own to extend this."""
+    warnings.filterwarnings("ignore", ".*out of date")  # the papers use -v4
     sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
     args, checkpoint, folder = parse(argv, Args)
     env, eval_env = make_env(args), make_env(args)
-    # "medium" is faster on some CPUs and as exact. Others, and GPUs, round.
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium")  # faster on some CPUs, and exact on some
     a = torch.rand(256, 256, device=args.device)
-    if (a @ a - a.double() @ a.double()).abs().max() > 1e-3:
+    exact = a.double() @ a.double()
+    if (a @ a - exact).abs().max() > 1e-3:
         torch.set_float32_matmul_precision("highest")
-    torch.set_flush_denormal(True)  # Adam's averages decay to denormal numbers, which are slow
+    torch.set_flush_denormal(True)  # Adam's averages become denormal, which is slow
     torch.manual_seed(args.seed)
     sizes = env.observation_space.shape + env.action_space.shape
     agent = Agent(*sizes, args).to(args.device)
     buffer = Buffer(*sizes, args)
-    rng = torch.Generator(args.device).manual_seed(args.seed)  # of all randomness from here on
+    rng = torch.Generator(args.device).manual_seed(args.seed)  # of all later draws but resets
     step, episode, evaluations = load(checkpoint, agent, buffer, rng) if checkpoint else (0, 0, [])
     if args.compile:
         agent.critic_loss = compiled(agent.critic_loss)
@@ -401,9 +402,9 @@ def main(
         import wandb
 
         wandb.init(id=folder.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(folder, purge_step=step)
+    writer = SummaryWriter(folder, purge_step=step + 1)
     bar = tqdm(total=args.total_timesteps, initial=step, mininterval=10)
-    bar.write(f"{folder} on {args.device}, {args.learning_starts:,} random steps first", sys.stderr)
+    bar.write(f"{folder}: random steps come first, and the first updates are slow", sys.stderr)
     save(folder, agent, buffer, rng, (step, episode, evaluations))
     obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
     losses, saved, clock = {}, time.time(), (step, time.time())
@@ -442,11 +443,11 @@ def main(
             writer.add_scalar("charts/episodic_return", env.episode_return, step)
             episode += 1
             obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
-            # Between episodes there is nothing of the environment to be saved.
+            # Between episodes no environment state needs saving.
             if time.time() - saved > 60 * args.checkpoint_minutes:
                 save(folder, agent, buffer, rng, (step, episode, evaluations))
                 saved = time.time()
-    save(folder, agent, buffer, rng, (step, episode, evaluations))
+    save(folder, agent, buffer, rng, (step, episode + 1, evaluations))
     writer.close()
     bar.close()
 

@@ -3,39 +3,24 @@
 import gymnasium as gym
 import numpy as np
 
+Box = gym.spaces.Box
+
 
 class Constant(gym.Env):
-    """Observation in R^3, reward 1 per step, ended after `length` steps by termination or by
-    truncation.
+    """Observation in R^3 and reward 1 per step. An episode has `length` steps.
 
     The observation: step in the episode / length, a number drawn at the reset, the last action's
-    first entry. Action bounds are +-0.4 in two dimensions, as Humanoid's, to show the scaling;
-    `last_action` keeps what came.
+    first entry. Actions are bounded by 0.4, as Humanoid's. `last_action` keeps what came. At its
+    step number `nan_at` the observation is NaN, at `spike_at` it is too large for the variance
+    of a float32. `info` is what each step reports.
     """
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
-    action_space = gym.spaces.Box(-0.4, 0.4, (2,), np.float32)
+    observation_space = Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = Box(-0.4, 0.4, (2,), np.float32)
+    length, terminates, nan_at, spike_at, reward, info = 10, False, None, None, 1.0, {}
 
-    def __init__(
-        self,
-        length=10,
-        terminates=False,
-        nan_at=None,
-        nan_reward_at=None,
-        image=False,
-        discrete=False,
-    ):
-        self.length, self.terminates, self.nan_at, self.nan_reward_at = (
-            length,
-            terminates,
-            nan_at,
-            nan_reward_at,
-        )
+    def __init__(self):
         self.t, self.mark, self.total_steps, self.last_action = 0, 0.0, 0, np.zeros(2)
-        if image:
-            self.observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
-        if discrete:
-            self.action_space = gym.spaces.Discrete(3)
 
     def _obs(self):
         return np.array([self.t / self.length, self.mark, self.last_action[0]])
@@ -46,30 +31,24 @@ class Constant(gym.Env):
         return self._obs(), {}
 
     def step(self, action):
-        self.t, self.total_steps, self.last_action = (
-            self.t + 1,
-            self.total_steps + 1,
-            np.atleast_1d(action),
-        )
-        over = self.t >= self.length
-        obs, reward = self._obs(), 1.0
+        self.t += 1
+        self.total_steps += 1
+        self.last_action = np.atleast_1d(action)
+        obs = self._obs()
         if self.total_steps == self.nan_at:
             obs = obs * np.nan
-        if self.total_steps == self.nan_reward_at:
-            reward = float("inf")
-        return obs, reward, over and self.terminates, over and not self.terminates, {}
-
-
-class Unbounded(Constant):
-    action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        if self.total_steps == self.spike_at:
+            obs = obs * 0 + 3e38
+        over = self.t >= self.length
+        return obs, self.reward, over and self.terminates, over and not self.terminates, self.info
 
 
 class DictObs(Constant):
-    """The same, with a Dict of Boxes, one of them without a shape."""
+    """A Dict of Boxes, one of them without a shape."""
 
     observation_space = gym.spaces.Dict(
-        position=gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
-        height=gym.spaces.Box(-np.inf, np.inf, (), np.float64),
+        position=Box(-np.inf, np.inf, (2,), np.float64),
+        height=Box(-np.inf, np.inf, (), np.float64),
     )
 
     def _obs(self):
@@ -77,14 +56,50 @@ class DictObs(Constant):
         return {"position": obs[:2], "height": np.float64(obs[2])}
 
 
-for name, entry_point, kwargs in (
-    ("Truncated", Constant, {}),
-    ("Terminated", Constant, {"terminates": True}),
-    ("NanObs", Constant, {"nan_at": 57}),
-    ("InfReward", Constant, {"nan_reward_at": 57}),
-    ("Image", Constant, {"image": True}),
-    ("Discrete", Constant, {"discrete": True}),
-    ("Unbounded", Unbounded, {}),
-    ("DictObs", DictObs, {}),
-):
-    gym.register(f"{name}-v0", entry_point, kwargs=kwargs, disable_env_checker=True)
+class Image(Constant):
+    observation_space = Box(0, 255, (8, 8, 3), np.uint8)
+
+    def _obs(self):
+        return np.full((8, 8, 3), 10 * self.t, np.uint8)
+
+
+class Single(Constant):
+    """Only one can be open at a time."""
+
+    is_open = False
+
+    def __init__(self):
+        assert not Single.is_open, "another one is open"
+        Single.is_open = True
+        super().__init__()
+
+    def step(self, action):
+        assert self.t < self.length, "the episode is over"
+        return super().step(action)
+
+
+LARGEST = np.finfo(np.float64).max
+
+
+def register(name, base=Constant, **attributes):
+    """Registers base with these attributes replaced as NAME-v0; returns that id."""
+    entry_point = type(name, (base,), attributes)
+    gym.register(f"{name}-v0", entry_point, disable_env_checker=True)
+    return f"{name}-v0"
+
+
+register("Truncated")
+register("Terminated", terminates=True)
+register("NanObs", nan_at=57)
+register("Spike", spike_at=20)
+register("Image", Image)
+register("Discrete", action_space=gym.spaces.Discrete(3))
+register("Unbounded", action_space=Box(-np.inf, np.inf, (2,), np.float32))
+register("Matrix", action_space=Box(-1, 1, (2, 2), np.float32))
+register("DictObs", DictObs)
+register("Single", Single)
+register("Fixed", action_space=Box(np.float32([0, 1]), np.float32([5, 1])))
+register("Odd", action_space=Box(np.float32([0.1, -5]), np.float32([0.3, 30])))
+register("Wide", observation_space=Box(-LARGEST, LARGEST, (3,), np.float64))
+register("ArrayReward", reward=np.ones(1, np.float32))
+register("Episode", info={"episode": 7})

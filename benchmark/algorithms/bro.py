@@ -2,27 +2,30 @@
 
 Bigger: the critics are residual networks, 512 wide, that predict 100 quantiles of the return and
 are updated ten times per step. Regularised: layer norm, weight decay, and resets of all networks.
-Optimistic: the target is the critics' mean, not their minimum, and a second actor explores, which
-shifts the first one's mean to where an upper bound of Q is high, but not far away.
+Optimistic: the target is the critics' mean, not their minimum. A second actor explores. It shifts
+the first one's mean to where an upper bound of Q is high, but not far away.
 
-    python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0
-    python benchmark/algorithms/bro.py --env-id dm_control/dog-trot-v0 --fast  # BRO (Fast)
+    python benchmark/algorithms/bro.py --env-id shimmy:dm_control/dog-trot-v0
+    python benchmark/algorithms/bro.py --env-id shimmy:dm_control/dog-trot-v0 --fast  # BRO (Fast)
 
-The settings are those of the authors' code. Its resets return to the very same initial weights;
-here they are drawn anew. Other flags, files and errors are those of sac_baseline.py.
+The settings are those of the authors' code, the same for all tasks. Its resets return to the very
+same initial weights; here they are drawn anew. Other flags and files are those of sac_baseline.py.
 """
 
-import dataclasses
+import copy
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim import Adam, AdamW
+from torch.optim import Adam, AdamW, Optimizer
+from tyro.conf import Fixed, Suppress
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import sac_baseline  # noqa: E402
+from sac_baseline import descend  # noqa: E402
 
 RESETS = [15_001, 50_001, 250_001, 500_001, 750_001, 1_000_001, 1_500_001, 2_000_001]  # agent steps
 LOG_STD_MIN, LOG_STD_MAX = -10, 2
@@ -31,32 +34,25 @@ KL_TARGET = 0.05  # of the exploring policy from the actor, per action dimension
 STD_SHARE = 0.75  # the exploring policy's standard deviation over the actor's
 
 
-@dataclasses.dataclass
+@dataclass
 class Args(sac_baseline.Args):
     critic_width: int = 512  # units per hidden layer
     n_quantiles: int = 100  # of the return, per critic
     critic_lr: float = 3e-4  # AdamW
     actor_lr: float = 3e-4  # AdamW, of both actors
-    alpha_lr: float = 3e-4  # Adam, of the temperature; 0 keeps it at --alpha
+    alpha_lr: float = 3e-4  # Adam, of the temperature
     dual_lr: float = 3e-5  # Adam, of optimism and KL weight
     weight_decay: float = 1e-4  # AdamW
     utd: int = 10  # critic updates per agent step (update-to-data ratio)
     batch_size: int = 128  # transitions
     learning_starts: int = 2500  # random agent steps before the first update
     entropy_factor: float = 0.5  # target entropy: -this * dim(A)
-    fast: bool = False  # BRO (Fast): UTD 2 in place of the default, and only the first reset
-
-    MAY_BE_ZERO = sac_baseline.Args.MAY_BE_ZERO | {"weight_decay", "dual_lr"}
+    fast: bool = False  # BRO (Fast): UTD 2, whatever --utd says, and only the first reset
+    bf16: Suppress[Fixed[bool]] = False
 
     def __post_init__(self):
         if self.fast:
-            if self.utd not in (2, type(self).utd):
-                sac_baseline.fail("--fast has --utd 2, not", self.utd)
             self.utd = 2
-
-    @staticmethod
-    def suite_defaults(env_id):
-        return {}  # one setting for all
 
 
 class BroNet(nn.Module):
@@ -78,19 +74,18 @@ class BroNet(nn.Module):
                 nn.init.orthogonal_(dense.weight, 2**0.5)
                 nn.init.zeros_(dense.bias)
 
-    def forward(self, x):
-        x = self.first(x)
+    def forward(self, *inputs):
+        x = self.first(torch.cat(inputs, -1))
         for block in self.blocks:
             x = x + block(x)
         return self.last(x)
 
 
-class Actor(BroNet):
-    """Mean and log std [B, 2A], the latter brought between its bounds by tanh."""
+class Critics(nn.ModuleList):
+    """The quantiles of the return: [B, O], [B, A] -> [n_critics, B, K]."""
 
-    def forward(self, obs):
-        mean, log_std = super().forward(obs).chunk(2, -1)
-        return torch.cat([mean, between(LOG_STD_MIN, LOG_STD_MAX, log_std)], -1)
+    def forward(self, obs, action):
+        return torch.stack([critic(obs, action) for critic in self])
 
 
 def between(low, high, x):
@@ -117,125 +112,133 @@ def quantile_loss(quantiles, target):
 
 class Agent(sac_baseline.Agent):
     def __init__(self, obs_dim, action_dim, args):
-        super().__init__(obs_dim, action_dim, args)
+        nn.Module.__init__(self)  # not sac_baseline.py's networks
+        self.args = args
+        self.obs_dim, self.action_dim = obs_dim, action_dim
         self.target_entropy = -args.entropy_factor * action_dim
-
-    def reset(self):
-        """The exploring actor and both duals too, before SAC's part makes the optimisers."""
-        n_in, width = self.obs_dim + self.action_dim, self.args.actor_width
-        self.explorer = BroNet(n_in, width, 1, self.action_dim)
-        self.explorer.last = nn.Linear(width, self.action_dim, bias=False)
+        self.n_updates = 0
+        n_in, width = obs_dim + action_dim, args.actor_width
+        self.explorer = BroNet(n_in, width, 1, action_dim)
+        self.explorer.last = nn.Linear(width, action_dim, bias=False)
         nn.init.orthogonal_(self.explorer.last.weight, 0.01)  # it begins as the actor
         self.optimism, self.kl_weight = dual(1.0), dual(0.25)
-        super().reset()
-
-    def make_critic(self):
-        args, n_in = self.args, self.obs_dim + self.action_dim
         sizes = n_in, args.critic_width, 2, args.n_quantiles
-        return nn.ModuleList(BroNet(*sizes) for _ in range(args.n_critics))
-
-    def make_actor(self):
-        actor = Actor(self.obs_dim, self.args.actor_width, 1, 2 * self.action_dim)
-        actor.last.weight.data[self.action_dim :] /= 2**0.5  # the log stds' gain is 1
-        return actor
-
-    def make_optimizers(self):
-        args = self.args
+        self.critic = Critics(BroNet(*sizes) for _ in range(args.n_critics))
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor = BroNet(obs_dim, width, 1, 2 * action_dim)
+        self.actor.last.weight.data[action_dim:] /= 2**0.5  # the log stds' gain is 1
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         slow = {"betas": (args.adam_beta1, 0.999), "weight_decay": args.weight_decay, "fused": True}
         quick = {"betas": (0.5, 0.999), "fused": True}
-        return {
-            "critic": AdamW(self.critic.parameters(), args.critic_lr, **slow),
-            "actor": AdamW(self.actor.parameters(), args.actor_lr, **slow),
-            "explorer": AdamW(self.explorer.parameters(), args.actor_lr, **slow),
-            "alpha": Adam([self.log_alpha], args.alpha_lr, **quick),
-            "duals": Adam([self.optimism, self.kl_weight], args.dual_lr, **quick),
-        }
+        self.critic_optimizer = AdamW(self.critic.parameters(), args.critic_lr, **slow)
+        self.actor_optimizer = AdamW(self.actor.parameters(), args.actor_lr, **slow)
+        self.explorer_optimizer = AdamW(self.explorer.parameters(), args.actor_lr, **slow)
+        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr, **quick)
+        self.dual_optimizer = Adam([self.optimism, self.kl_weight], args.dual_lr, **quick)
+        if args.compile:
+            self.explorer_loss = sac_baseline.compiled(self.explorer_loss)
 
-    def q(self, critic, obs, action):
-        """The quantiles of the return: [n_critics, B, K]."""
-        pair = torch.cat([obs, action], -1)
-        return torch.stack([net(pair) for net in critic])
+    def gaussian(self, obs):
+        """Of the action before tanh: mean and log std [B, A]."""
+        mean, log_std = self.actor(obs).chunk(2, -1)
+        return mean, between(LOG_STD_MIN, LOG_STD_MAX, log_std)
 
-    def target_q(self, next_q, draws):
-        """The quantiles' means over the critics, no minimum: [n_critics, B, K] -> [B, K]."""
-        return next_q.mean(0)
+    def policy(self, obs, noise):
+        """A tanh-squashed Gaussian: obs [B, O], noise [B, A] -> action [B, A], log-prob [B]."""
+        mean, log_std = self.gaussian(obs)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
+        return u.tanh(), log_prob.sum(-1)
 
-    def actor_q(self, q):
-        """The mean over critics and quantiles: [n_critics, B, K] -> [B]."""
-        return q.mean((0, -1))
-
-    def critic_loss(self, batch, draws):
+    def critic_loss(self, batch, noise):
         """The quantile Huber loss against the shifted and shrunk quantiles of s'."""
         obs, action, reward, terminated, next_obs = batch
         with torch.no_grad():
-            next_action, next_log_prob = self.policy(next_obs, draws["noise"])
-            next_q = self.q(self.target_critic, next_obs, next_action)  # [n_critics, B, K]
-            next_value = self.target_q(next_q, draws) - self.alpha() * next_log_prob[:, None]
+            next_action, next_log_prob = self.policy(next_obs, noise)
+            next_q = self.target_critic(next_obs, next_action).mean(0)  # [B, K], no minimum
+            next_value = next_q - self.log_alpha.exp() * next_log_prob[:, None]
             discount = self.args.gamma * (1 - terminated)
             target = reward[:, None] + discount[:, None] * next_value  # [B, K]
-        q = self.q(self.critic, obs, action)  # [n_critics, B, K]
-        loss = quantile_loss(q, target)
-        return loss, {"losses/critic": loss, "diagnostics/q_mean": q.mean()}
+        q = self.critic(obs, action)  # [n_critics, B, K]
+        return quantile_loss(q, target), q.mean()
+
+    def actor_q(self, obs, action):
+        """What the actor maximises, the mean over critics and quantiles: [B]."""
+        return self.critic(obs, action).mean((0, -1))
+
+    def actor_loss(self, obs, noise):
+        """The soft value Q - alpha * log-prob, negated, and the policy's entropy."""
+        action, log_prob = self.policy(obs, noise)
+        q = self.actor_q(obs, action)
+        return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.mean()
 
     def explore(self, obs, noise):
         """The exploring policy: action [B, A], and its KL divergence from the actor [B]."""
-        mean, log_std = self.actor(obs).detach().chunk(2, -1)
+        mean, log_std = (x.detach() for x in self.gaussian(obs))
         std = log_std.exp()
-        shift = self.explorer(torch.cat([obs, mean], -1))
+        shift = self.explorer(obs, mean)
         kl = (shift / std).square().sum(-1) / 2  # of Gaussians of the same standard deviation
         return (mean + shift + STD_SHARE * std * noise).tanh(), kl
 
-    def explorer_loss(self, batch, draws):
-        """An upper bound of Q, the critics' mean plus their disagreement, negated."""
-        obs = batch[0]
-        action, kl = self.explore(obs, draws["noise"])
-        q = self.q(self.critic, obs, action)  # [n_critics, B, K]
-        spread = (q.amax(0) - q.amin(0)) / 2
-        optimism, kl_weight = self.dual_values()
-        upper = (q.mean(0) + optimism.detach() * spread).mean(-1)  # [B]
-        loss = (kl_weight.detach() * kl - upper).mean()
-        return loss, {"losses/explorer": loss, "diagnostics/kl": kl.mean() / self.action_dim}
-
     def dual_values(self):
         """Optimism, and the weight of the KL divergence."""
-        duals = self.optimism, self.kl_weight
-        return [between(DUAL_MIN, DUAL_MAX, parameter).exp() for parameter in duals]
+        return [between(DUAL_MIN, DUAL_MAX, x).exp() for x in (self.optimism, self.kl_weight)]
 
-    def dual_loss(self, kl):
-        """While the KL is above its target: less optimism, a greater weight of the KL."""
-        optimism, kl_weight = self.dual_values()
-        info = {"diagnostics/optimism": optimism, "diagnostics/kl_weight": kl_weight}
-        return (optimism - kl_weight) * (kl - KL_TARGET), info
+    def explorer_loss(self, obs, noise):
+        """An upper bound of Q, the critics' mean plus their disagreement, negated. Also the KL
+        divergence per action dimension."""
+        action, kl = self.explore(obs, noise)
+        q = self.critic(obs, action)  # [n_critics, B, K]
+        spread = (q.amax(0) - q.amin(0)) / 2
+        optimism, kl_weight = (x.detach() for x in self.dual_values())
+        upper = (q.mean(0) + optimism * spread).mean(-1)  # [B]
+        return (kl_weight * kl - upper).mean(), kl.mean() / self.action_dim
 
     def update(self, batch, rng):
         """SAC's update, then the exploring actor's and the duals'; before it a reset, if due."""
         args = self.args
         # The agent step that this update belongs to, counted from 1.
         agent_step = args.learning_starts + self.n_updates // args.utd + 1
-        resets = RESETS[:1] if args.fast else RESETS
-        if self.n_updates % args.utd == 0 and agent_step in resets:
+        if self.n_updates % args.utd == 0 and agent_step in (RESETS[:1] if args.fast else RESETS):
             self.reset()
-            self.to(rng.device)  # a reset makes them on the CPU
         info = super().update(batch, rng)
         if self.n_updates % args.policy_delay == 0:  # with the actor
-            info |= self.descend("explorer", self.explorer_loss, batch, self.draw(batch, rng))
-            info |= self.descend("duals", self.dual_loss, info["diagnostics/kl"])
+            noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
+            self.critic.requires_grad_(False)
+            explorer_loss, kl = self.explorer_loss(batch[0], noise)
+            self.critic.requires_grad_(True)
+            descend(self.explorer_optimizer, explorer_loss)
+            # While the KL is above its target: less optimism, a greater weight of the KL.
+            optimism, kl_weight = self.dual_values()
+            descend(self.dual_optimizer, (optimism - kl_weight) * (kl.detach() - KL_TARGET))
+            info |= {"losses/explorer": explorer_loss, "diagnostics/kl": kl}
+            info |= {"diagnostics/optimism": optimism, "diagnostics/kl_weight": kl_weight}
         return info
+
+    def reset(self):
+        """Take the state of a fresh agent. The seed lets a resumed run draw the same weights."""
+        torch.manual_seed(sac_baseline.reset_seed(self.args.seed, self.n_updates))
+        fresh = type(self)(self.obs_dim, self.action_dim, self.args)
+        self.load_state_dict(fresh.state_dict())
+        for name, optimizer in vars(fresh).items():
+            if isinstance(optimizer, Optimizer):
+                getattr(self, name).load_state_dict(optimizer.state_dict())
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
-        """obs [..., O] -> action [..., A], in NumPy: the exploring policy's if rng is given, else
+        """obs [O] -> action [A], in NumPy: the exploring policy's if rng is given, otherwise
         tanh(mean) of the actor."""
         if rng is None:
             return super().act(obs)
         obs = torch.as_tensor(obs).to(self.log_alpha)[None]
-        noise = torch.randn(*obs.shape[:-1], self.action_dim, generator=rng, device=rng.device)
+        noise = torch.randn(1, self.action_dim, generator=rng, device=rng.device)
         return self.explore(obs, noise)[0][0].cpu().numpy()
 
 
 def main(argv=None, **parts):
-    return sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
+    sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

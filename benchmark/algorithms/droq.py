@@ -1,103 +1,128 @@
 """DroQ: dropout Q-functions (Hiraoka et al., ICLR 2022, arXiv 2110.02034).
 
 REDQ's twenty updates per step with two critics in place of ten: dropout and layer norm do the
-ensemble's work. Dropout is on in every forward of a critic, for the target and the actor too, each
-time with other masks. The target is the minimum over the two critics; the actor maximises their
-mean.
+ensemble's work. Every forward of a critic drops units, for the target and the actor too, each time
+others. The target is the minimum over the two critics; the actor maximises their mean.
 
     python benchmark/algorithms/droq.py --env-id Hopper-v4                 # as in CrossQ's paper
     python benchmark/algorithms/droq.py --critic-lr 3e-4 --actor-lr 3e-4 --alpha-lr 3e-4  # its own
     python benchmark/algorithms/droq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 15
 
-With the second command DroQ still has -dim(A) as its target entropy; its authors have MBPO's, -1 on
-Hopper and -3 on HalfCheetah, and a dropout for each task. Other flags, files and errors are those
-of sac_baseline.py.
+CrossQ's paper adds `--action-repeat 2 --critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4` on DeepMind
+Control. DroQ's authors have a dropout for each task, and MBPO's target entropies, -1 on Hopper and
+-3 on HalfCheetah. Here it is -dim(A). Other flags and files are those of sac_baseline.py.
 """
 
-import dataclasses
+import copy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Adam
+from tyro.conf import Fixed, Suppress
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import sac_baseline  # noqa: E402
+from sac_baseline import descend  # noqa: E402
 
 
-@dataclasses.dataclass
+@dataclass
 class Args(sac_baseline.Args):
     dropout: float = 0.01  # share of hidden units that are dropped
     utd: int = 20  # critic updates per agent step (update-to-data ratio)
     policy_delay: int = 20  # critic updates per actor update; at UTD 20 once per agent step
-
-    MAY_BE_ZERO = sac_baseline.Args.MAY_BE_ZERO | {"dropout"}
-    AT_MOST = sac_baseline.Args.AT_MOST | {"dropout": 0.999}
-
-    @staticmethod
-    def suite_defaults(env_id):
-        """SAC's, but for the policy delay, which is the same everywhere."""
-        return sac_baseline.Args.suite_defaults(env_id) | {"policy_delay": 20}
+    bf16: Suppress[Fixed[bool]] = False
 
 
-class DropoutMLP(sac_baseline.MLP):
-    """(Dense -> dropout -> layer norm -> ReLU) x 2 -> dense: [B, n_in] -> [N, B, n_out].
+class DropoutMLP(nn.Module):
+    """The dense layers of an ensemble with dropout and layer norm between them:
+    (dense -> dropout -> layer norm -> ReLU) x 2 -> dense, [B, O], [B, A] -> [n_critics, B, 1].
+    `uniform`, two of [n_critics, B, width] in [0, 1), says which units are dropped. The others are
+    divided by their share, which keeps the mean. Without it nothing is dropped."""
 
-    `uniform`, two of [N, B, width] in [0, 1), is set before a forward and says what is dropped. The
-    rest is divided by its share, so that the mean is the same. In eval mode nothing is dropped.
-    """
+    def __init__(self, mlp, args):
+        super().__init__()
+        self.weights, self.biases = mlp.weights, mlp.biases
+        self.keep = 1 - args.dropout
+        shape = args.n_critics, 1, args.critic_width
+        self.scales = nn.ParameterList(torch.ones(shape) for _ in range(2))
+        self.shifts = nn.ParameterList(torch.zeros(shape) for _ in range(2))
 
-    def __init__(self, n_in, width, n_out, dropout, ensemble=()):
-        super().__init__(n_in, width, n_out, ensemble)
-        self.keep = 1 - dropout
-        self.scales = nn.ParameterList(torch.ones(*ensemble, 1, width) for _ in range(2))
-        self.shifts = nn.ParameterList(torch.zeros(*ensemble, 1, width) for _ in range(2))
-
-    def forward(self, x):
+    def forward(self, obs, action, uniform=None):
+        x = torch.cat([obs, action], -1)
         for k in range(2):
             x = x @ self.weights[k] + self.biases[k]
-            if self.training:
-                x = x * (self.uniform[k] < self.keep) / self.keep
+            if uniform is not None:
+                x = x * (uniform[k] < self.keep) / self.keep
             x = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)  # eps: CrossQ's code, JAX's
             x = (x * self.scales[k] + self.shifts[k]).relu()
         return x @ self.weights[2] + self.biases[2]
 
 
 class Agent(sac_baseline.Agent):
-    def make_critic(self):
-        n_in, args = self.obs_dim + self.action_dim, self.args
-        return DropoutMLP(n_in, args.critic_width, 1, args.dropout, ensemble=(args.n_critics,))
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__(obs_dim, action_dim, args)
+        self.critic = DropoutMLP(self.critic, args)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        betas = (args.adam_beta1, 0.999)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, betas, fused=True)
 
     def draw(self, batch, rng):
-        """Also the uniform numbers that decide what is dropped, in critic and target. They come
-        from the run's generator, so that a resume is exact."""
+        """A loss's random numbers: the policy's noise [B, A], and what critic and target drop."""
+        noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
         shape = 2, self.args.n_critics, len(batch[0]), self.args.critic_width
-        draws = super().draw(batch, rng)
-        for name in ("critic", "target"):
-            draws[name] = torch.rand(shape, generator=rng, device=rng.device)
-        return draws
+        uniform = (torch.rand(shape, generator=rng, device=rng.device) for _ in range(2))
+        return noise, *uniform
 
     def critic_loss(self, batch, draws):
-        self.set_dropout(draws)
-        return super().critic_loss(batch, draws)
+        """Half the squared Bellman error: mean over the batch, sum over the critics."""
+        obs, action, reward, terminated, next_obs = batch
+        noise, uniform, target_uniform = draws
+        with torch.no_grad():
+            next_action, next_log_prob = self.policy(next_obs, noise)
+            next_q = self.target_critic(next_obs, next_action, target_uniform).squeeze(-1)
 
-    def actor_loss(self, batch, draws):
-        self.set_dropout(draws)
-        return super().actor_loss(batch, draws)
+        q = self.critic(obs, action, uniform).squeeze(-1)  # [n_critics, B]
 
-    def set_dropout(self, draws):
-        self.critic.train()
-        self.critic.uniform = draws["critic"]
-        self.target_critic.train()
-        self.target_critic.uniform = draws["target"]
+        next_value = next_q.min(0).values - self.log_alpha.exp() * next_log_prob  # [B]
+        target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()
+        return 0.5 * (q - target).square().mean(1).sum(), q.mean()
 
-    def actor_q(self, q):
-        return q.mean(0)
+    def actor_q(self, obs, action, uniform=None):
+        """What the actor maximises, the mean over the critics: [B]."""
+        return self.critic(obs, action, uniform).squeeze(-1).mean(0)
+
+    def actor_loss(self, obs, draws):
+        """The soft value Q - alpha * log-prob, negated, and the policy's entropy."""
+        noise, uniform, _ = draws
+        action, log_prob = self.policy(obs, noise)
+        q = self.actor_q(obs, action, uniform)
+        return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.mean()
+
+    def update(self, batch, rng):
+        """SAC's, with the draws above in place of the noise."""
+        critic_loss, q_mean = self.critic_loss(batch, self.draw(batch, rng))
+        descend(self.critic_optimizer, critic_loss)
+        self.move_target()
+        info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
+        self.n_updates += 1
+        if self.n_updates % self.args.policy_delay == 0:
+            self.critic.requires_grad_(False)
+            actor_loss, entropy = self.actor_loss(batch[0], self.draw(batch, rng))
+            self.critic.requires_grad_(True)
+            descend(self.actor_optimizer, actor_loss)
+            alpha = self.log_alpha.exp()
+            descend(self.alpha_optimizer, alpha * (entropy.detach() - self.target_entropy))
+            info |= {"losses/actor": actor_loss, "diagnostics/entropy": entropy}
+            info |= {"diagnostics/alpha": alpha}
+        return info
 
 
 def main(argv=None, **parts):
-    return sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
+    sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,61 +1,92 @@
 """REDQ: randomised ensembled double Q-learning (Chen et al., ICLR 2021, arXiv 2101.05982).
 
-What it adds to SAC: ten critics, and twenty updates per step. Two critics would over-estimate after
-so many updates on the same data. Here each target is the minimum over two critics drawn at random,
-and the actor maximises the mean over all ten.
+SAC with ten critics and twenty updates per step. Two critics would over-estimate after so many
+updates on the same data. Here each target is the minimum over two critics drawn at random, and the
+actor maximises the mean over all ten.
 
     python benchmark/algorithms/redq.py --env-id Hopper-v4                 # as in CrossQ's paper
     python benchmark/algorithms/redq.py --critic-lr 3e-4 --actor-lr 3e-4 --alpha-lr 3e-4  # its own
     python benchmark/algorithms/redq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 14
 
-With the second command REDQ still has -dim(A) as its target entropy; its authors have MBPO's, -1 on
-Hopper and -3 on HalfCheetah. Other flags, files and errors are those of sac_baseline.py.
+CrossQ's paper adds `--action-repeat 2 --critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4` on DeepMind
+Control. The authors' target entropies are MBPO's, -1 on Hopper and -3 on HalfCheetah. Here it is
+-dim(A). Other flags and files are those of sac_baseline.py.
 """
 
-import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import sac_baseline  # noqa: E402
+from sac_baseline import descend  # noqa: E402
 
 
-@dataclasses.dataclass
+@dataclass
 class Args(sac_baseline.Args):
     n_critics: int = 10  # Q-functions (the paper's N)
     n_target_critics: int = 2  # of them, drawn anew for each update's target (the paper's M)
     utd: int = 20  # critic updates per agent step (the paper's G)
     policy_delay: int = 20  # critic updates per actor update; at UTD 20 once per agent step
 
-    @staticmethod
-    def suite_defaults(env_id):
-        """SAC's, but for the policy delay, which is the same everywhere."""
-        return sac_baseline.Args.suite_defaults(env_id) | {"policy_delay": 20}
-
 
 class Agent(sac_baseline.Agent):
-    def __init__(self, obs_dim, action_dim, args):
-        if args.n_target_critics > args.n_critics:
-            sac_baseline.fail("--n-target-critics must be at most --n-critics,", args.n_critics)
-        super().__init__(obs_dim, action_dim, args)
-
     def draw(self, batch, rng):
-        """The critics of this update's target too: one subset for the whole batch."""
-        shuffled = torch.randperm(self.args.n_critics, generator=rng, device=rng.device)
-        return super().draw(batch, rng) | {"subset": shuffled[: self.args.n_target_critics]}
+        """A loss's random numbers: the target's critics [M], and the policy's noise [B, A]."""
+        order = torch.randperm(self.args.n_critics, generator=rng, device=rng.device)
+        noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
+        return order[: self.args.n_target_critics], noise
 
-    def target_q(self, next_q, draws):
-        return next_q[draws["subset"]].min(0).values
+    def critic_loss(self, batch, draws):
+        """Half the squared Bellman error: mean over the batch, sum over all critics."""
+        obs, action, reward, terminated, next_obs = batch
+        subset, noise = draws
+        with torch.no_grad():
+            next_action, next_log_prob = self.policy(next_obs, noise)
+            next_q = self.target_critic(next_obs, next_action).squeeze(-1)  # [n_critics, B]
 
-    def actor_q(self, q):
-        return q.mean(0)
+        q = self.critic(obs, action).squeeze(-1)  # [n_critics, B]
+
+        # One subset for the whole batch.
+        next_value = next_q[subset].min(0).values - self.log_alpha.exp() * next_log_prob  # [B]
+        target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()
+        return 0.5 * (q - target).square().mean(1).sum(), q.mean()
+
+    def actor_q(self, obs, action):
+        """What the actor maximises, the mean over all critics: [B]."""
+        return self.critic(obs, action).squeeze(-1).mean(0)
+
+    def actor_loss(self, obs, draws):
+        """The soft value Q - alpha * log-prob, negated, and the policy's entropy."""
+        _, noise = draws
+        action, log_prob = self.policy(obs, noise)
+        q = self.actor_q(obs, action)
+        return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.mean()
+
+    def update(self, batch, rng):
+        """SAC's, with the draws above in place of the noise."""
+        critic_loss, q_mean = self.critic_loss(batch, self.draw(batch, rng))
+        descend(self.critic_optimizer, critic_loss)
+        self.move_target()
+        info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
+        self.n_updates += 1
+        if self.n_updates % self.args.policy_delay == 0:
+            self.critic.requires_grad_(False)
+            actor_loss, entropy = self.actor_loss(batch[0], self.draw(batch, rng))
+            self.critic.requires_grad_(True)
+            descend(self.actor_optimizer, actor_loss)
+            alpha = self.log_alpha.exp()
+            descend(self.alpha_optimizer, alpha * (entropy.detach() - self.target_entropy))
+            info |= {"losses/actor": actor_loss, "diagnostics/entropy": entropy}
+            info |= {"diagnostics/alpha": alpha}
+        return info
 
 
 def main(argv=None, **parts):
-    return sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
+    sac_baseline.main(argv, **{"Args": Args, "Agent": Agent} | parts)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
