@@ -142,7 +142,7 @@ class Agent(nn.Module):
         self.n_updates = 0
         sizes = obs_dim + action_dim, args.critic_width, 1, args, (args.n_critics,)
         self.critic = MLP(*sizes)
-        self.target_critic = MLP(*sizes).requires_grad_(False)
+        self.target_critic = MLP(*sizes)
         self.target_critic.load_state_dict(self.critic.state_dict())
         for norm in self.target_critic.norms:
             norm.track_running_stats = False  # never used: see critic_loss
