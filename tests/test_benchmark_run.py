@@ -1,12 +1,8 @@
-"""benchmark/run.sh: a grid of tiny runs is stopped half-way and goes on, on this machine and with
-Slurm."""
+"""benchmark/run.sh: grids of tiny runs, on this machine and with Slurm. A stub stands in for Python
+where the scripts are not the subject."""
 
-import dataclasses
-import functools
-import itertools
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,401 +12,239 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
+import sac_baseline
+
 RUN = ROOT / "benchmark/run.sh"
-FLAGS = """--critic-width 16 --actor-width 16 --batch-size 16 --learning-starts 40 --eval-every 50
-    --eval-episodes 2 --checkpoint-every 37 --device cpu --compile off"""
-SCRIPTS, ENVS = ["crossq_sac", "sac_baseline"], ["Truncated-v0", "gate:Gate-v0"]
-SEEDS, STEPS = [1, 2], 150
-GATE = """
-import pathlib, time, gymnasium, tiny_envs
-class Gate(tiny_envs.Constant):
-    '''After 60 steps of training it waits until the file `open` is there.'''
-    def step(self, action):
-        if self.total_steps == 60 and not pathlib.Path('open').exists():
-            pathlib.Path(f'waiting-{time.time_ns()}').touch()
-        while self.total_steps == 60 and not pathlib.Path('open').exists():
-            time.sleep(0.05)
-        return super().step(action)
-gymnasium.register('Gate-v0', Gate, disable_env_checker=True)
+STUB = """#!/bin/bash
+# It writes a checkpoint and waits for the file `open`. It fails in Bad-v0 unless `mended` exists.
+echo "$* | GPU $CUDA_VISIBLE_DEVICES, $OMP_NUM_THREADS thread"
+name=${*: -1}
+name=${name#runs/}
+[[ $* = *--resume* ]] || mkdir "runs/$name" || exit 1
+touch "runs/$name/checkpoint.pt"
+until [[ -e TMP/open ]]; do sleep 0.1; done
+[[ $* != *Bad-v0* || -e TMP/mended ]]
 """
-pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
 
 
-def environ():
-    return environment() | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+class Grid:
+    """run.sh in a folder of its own. The gate stands open at first."""
 
+    def __init__(self, folder):
+        self.folder, self.runs, self.gate = folder, folder / "out/runs", folder / "open"
+        self.gate.touch()
+        (folder / "stub").write_text(STUB.replace("TMP", str(folder)))
+        (folder / "stub").chmod(0o755)
+        # The path is relative, though the runs have another current directory.
+        self.environ = environment() | {"PYTHON": "./stub", "CUDA_VISIBLE_DEVICES": ""}
 
-def grid(*arguments, scripts=SCRIPTS, envs=ENVS, seeds=SEEDS, steps=STEPS, flags=FLAGS):
-    """The command line of a grid of tiny runs."""
-    envs = [env if ":" in env else f"tiny_envs:{env}" for env in envs]
-    lists = {"--scripts": scripts, "--envs": envs, "--seeds": seeds, "--steps": [steps]}
-    lists["--flags"] = flags.split()
-    words = (word for key, value in lists.items() for word in (key, " ".join(map(str, value))))
-    return [RUN, *words, *arguments]
+    def start(self, *arguments):
+        command, pipe = [RUN, *arguments, "--out", "out"], subprocess.PIPE
+        files = {"stdout": pipe, "stderr": pipe, "text": True}
+        return subprocess.Popen(command, cwd=self.folder, env=self.environ, **files)
+
+    def __call__(self, *arguments):
+        """The exit code and both outputs."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def starts(self, name):
+        return re.findall("^== .*", (self.runs / f"{name}.log").read_text(), re.M)
+
+    def begun(self, *names):
+        return all((self.runs / name / "checkpoint.pt").exists() for name in names)
+
+    def over(self):
+        """No process has this folder, or one inside, as its current directory."""
+        folders = [os.readlink(p) for p in Path("/proc").glob("[0-9]*/cwd") if p.exists()]
+        return not any(folder.startswith(str(self.folder)) for folder in folders)
 
 
 @pytest.fixture
-def call(tmp_path):
-    """call(*command) runs in tmp_path, where gate.py is. The gate is open unless the test takes the
-    file `open` away."""
-    (tmp_path / "gate.py").write_text(GATE)
-    (tmp_path / "open").touch()
-    return functools.partial(
-        subprocess.run, cwd=tmp_path, env=environ(), capture_output=True, text=True, timeout=120
-    )
+def grid(tmp_path):
+    yield Grid(tmp_path)
+    (tmp_path / "open").touch()  # a failed test leaves no stub behind
 
 
-def wait_for(condition, what, seconds=100):
+def wait_for(condition, what, seconds=60):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, what
         time.sleep(0.1)
 
 
-def runs(folder):
-    """{(env, script, seed): folder}, from the folders' names."""
-    found = {}
-    for path in filter(Path.is_dir, Path(folder).iterdir()):
-        env, script, seed = re.fullmatch(r"(.+-v0)__(\w+)\+.*__(\d+)", path.name).groups()
-        found[re.sub("^.*_", "", env), script, int(seed)] = path
-    return found
+ONE, TWO = (["--scripts", "crossq_sac", "--envs", envs] for envs in ("A-v0", "A-v0 Bad-v0"))
+RATES = "--critic-lr 8e-4 --actor-lr 8e-4 --policy-delay 1"
+GOOD, BAD = "A-v0__crossq_sac__1", "Bad-v0__crossq_sac__1"
 
 
-def starts(run):
-    """The run's command lines, in their order."""
-    return [line for line in (run / "log.txt").read_text().splitlines() if line.startswith("== ")]
+def test_finished_runs_are_skipped_and_failed_ones_listed_and_resumed(grid):
+    code, out, err = grid(*TWO)
+    assert code == 1 and f"not finished: {grid.runs}/{BAD}.log\n" in out
+    assert f"finished {GOOD}\n" in out and f"{BAD} failed" in err
+    (grid.folder / "mended").touch()
+    code, out, _ = grid(*TWO)
+    assert code == 0 and out.startswith("# 1 of 2 runs") and len(grid.starts(GOOD)) == 1
+    first, second = grid.starts(BAD)
+    assert first.endswith(f" --run-name {BAD}") and second.endswith(f" --resume runs/{BAD}")
+    code, out, _ = grid(*TWO, "--steps", "1000")
+    assert code == 0 and out.startswith("# 2 of 2 runs") and len(out.splitlines()) == 1
+    assert grid(*TWO, "--steps", "2000000")[0] == 0  # takes them further
+    assert grid.starts(GOOD)[1].endswith(f"--total-timesteps 2000000 --resume runs/{GOOD}")
 
 
-def stop_half_way(folder, number, command):
-    """Returns the command's output. The command and its group get the signal twice when two runs
-    wait at the gate. It must leave no process behind."""
-    (folder / "open").unlink()
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # A test run in the background of a script inherits SIGINT ignored, which no shell can trap.
-    pipe["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, cwd=folder, env=environ(), start_new_session=True, **pipe)
-    wait_for(lambda: len([*folder.glob("waiting-*")]) == 2, "two runs are in their middle")
-    for _ in range(2):  # an impatient Ctrl-C, or `timeout`: both signal the group
-        os.killpg(process.pid, number)
-        time.sleep(0.5)  # the runs hear of it while they wait
-    (folder / "open").touch()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, out
-    folders = [os.readlink(p) for p in Path("/proc").glob("[0-9]*/cwd") if p.exists()]
-    assert str(folder) not in folders
-    return out
+@pytest.mark.parametrize("file, deleted", [("args.json", True), ("evaluations.csv", False)])
+def test_a_run_killed_before_its_first_checkpoint_begins_again(grid, file, deleted):
+    """Results are never deleted, though."""
+    (grid.runs / GOOD).mkdir(parents=True)
+    (grid.runs / GOOD / file).touch()
+    assert grid(*ONE)[0] == (0 if deleted else 1)
+    assert (grid.runs / GOOD / file).exists() != deleted
 
 
-def references(folder, environments):
-    """evaluations.csv of the grid's runs. The scripts alone make them, one after the other in one
-    process."""
-    code = """if True:
-        import importlib, sys
-        for script, env, seed in (x.split(",") for x in sys.argv[3:]):
-            arguments = ["--env-id", env, "--seed", seed, "--total-timesteps", sys.argv[1]]
-            arguments += ["--run-name", f"{env.split(':')[1]}__{script}__{seed}"]
-            main = importlib.import_module(script).main
-            assert main([*arguments, *sys.argv[2].split()]) == 0"""
-    folder.mkdir()
-    (folder / "gate.py").write_text(GATE)
-    (folder / "open").touch()
-    jobs = [",".join(map(str, job)) for job in itertools.product(SCRIPTS, environments, SEEDS)]
-    paths = environ() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", code, str(STEPS), FLAGS, *jobs]
-    subprocess.run(command, cwd=folder, env=paths, check=True, capture_output=True, timeout=120)
-    found = {}
-    for path in (folder / "runs").iterdir():
-        env, script, seed = path.name.split("__")
-        found[env, script, int(seed)] = (path / "evaluations.csv").read_bytes()
-    return found
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runs(grid, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or run.sh would inherit "ignored"
+    grid.gate.unlink()
+    process = grid.start(*TWO, "--workers", "2")
+    wait_for(lambda: grid.begun(GOOD, BAD), "both runs have begun")
+    process.send_signal(number)
+    assert process.wait(20) == 130
+    wait_for(grid.over, "no process is left", 5)
 
 
-def test_stopped_half_way_and_called_again(tmp_path, call):
-    """By Ctrl-C: two runs have finished, two are in their middle, the others have not begun."""
-    out = stop_half_way(tmp_path, signal.SIGINT, grid("--workers", "2"))
-    assert out.count("] finished ") == out.count("stopped ") == 2
-    assert "2 of 8 runs finished" in out
-    interrupted, finished = runs(tmp_path / "runs"), {}
-    for (env, _, _), run in interrupted.items():
-        assert (run / "checkpoint.pt").exists()
-        assert (run / "finished").exists() == (env == "Truncated-v0")
-        log = (run / "log.txt").read_text()
-        assert f"ended at step {150 if env == 'Truncated-v0' else 61};" in log
-        if env == "Truncated-v0":
-            finished[run] = log
-    assert (len(interrupted), len(finished)) == (4, 2)
-
-    result = call(grid("--workers", "2"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "8 of 8 runs finished" in result.stdout
-    assert result.stdout.count("start ") == result.stdout.count("] finished ") == 6
-    assert re.search(r"\[8/8\] finished .* in 0:00:\d\d, about 0:00:00 left", result.stdout)
-    assert all((run / "log.txt").read_text() == log for run, log in finished.items())
-    found = runs(tmp_path / "runs")
-    expected = references(tmp_path / "alone", ["tiny_envs:Truncated-v0", "gate:Gate-v0"])
-    assert found.keys() == expected.keys() and len(found) == 8
-    for (env, script, seed), run in found.items():
-        assert (run / "evaluations.csv").read_bytes() == expected[env, script, seed]
-        first, *others = starts(run)
-        assert len(others) == ((env, seed) == ("Gate-v0", 1)) and "--resume" not in first
-        assert all("--resume runs/" in line for line in others)
-
-    result = call(grid("--workers", "2"))
-    assert result.returncode == 0 and len(result.stdout.splitlines()) == 1
-    assert "all 8 runs" in result.stdout
-
-
-def test_sigterm_stops_as_well(tmp_path, call):
-    out = stop_half_way(tmp_path, signal.SIGTERM, grid("--workers", "2", envs=ENVS[1:]))
-    assert out.count("stopped ") == 2 and "0 of 4 runs finished" in out
-    for run in runs(tmp_path / "runs").values():
-        assert (run / "checkpoint.pt").exists()
-        assert "ended at step 61;" in (run / "log.txt").read_text()
-
-
-def test_a_failing_run_stops_no_other(tmp_path, call):
-    """It is listed with its log and the log's last line, which says why. With more steps, the
-    finished run goes on where it was."""
-    one = {"scripts": ["sac_baseline"], "seeds": [1]}
-    envs = ["Nonexistent-v0", "Truncated-v0"]
-    result = call(grid("--workers", "1", "--out", "there", envs=envs, **one))
-    assert result.returncode == 1 and "1 of 2 runs finished" in result.stdout
-    bad, good = (runs(tmp_path / "there/runs")[env, "sac_baseline", 1] for env in envs)
-    *_, count, path, last = result.stdout.splitlines()
-    assert count == "failed: 1" and path.strip() == str(bad / "log.txt")
-    assert last.startswith("    error: --env-id tiny_envs:Nonexistent-v0: ")
-    assert not (bad / "finished").exists()
-    assert (good / "finished").read_text() == "150\n"
-
-    result = call(grid("--out", "there/runs", envs=["Truncated-v0"], steps=200, **one))
-    assert result.returncode == 0 and "--resume" in starts(good)[1]
-    assert (good / "finished").read_text() == "200\n"
-    assert "\n200,1," in (good / "evaluations.csv").read_text()
-    result = call(grid("--out", "there", envs=["Truncated-v0"], steps=100, **one))
-    assert result.returncode == 0 and "all 1 runs" in result.stdout and len(starts(good)) == 2
-
-
-def test_a_run_in_progress_is_not_started_twice(tmp_path, call):
-    """It is not even where only run.sh was killed and its run lives on, because the log is
-    locked."""
-    (tmp_path / "open").unlink()
-    one = {"scripts": ["sac_baseline"], "envs": ["gate:Gate-v0"], "seeds": [1]}
-    process = subprocess.Popen(grid(**one), cwd=tmp_path, env=environ(), stdout=subprocess.DEVNULL)
-    wait_for(lambda: [*tmp_path.glob("waiting-*")], "the run is in its middle")
+def test_a_run_is_not_started_twice(grid):
+    """It lives on after a SIGKILL to run.sh, and its log is locked."""
+    grid.gate.unlink()
+    process = grid.start(*ONE)
+    wait_for(lambda: grid.begun(GOOD), "the run has begun")
     process.kill()
     process.wait()
-    result = call(grid(**one))
-    assert result.returncode == 1 and "is being run by another process" in result.stderr
-    (run,) = (tmp_path / "runs").iterdir()
-    (tmp_path / "open").touch()
-    wait_for((run / "finished").exists, "the run ends")
-    assert call(grid(**one)).returncode == 0 and len(starts(run)) == 1
+    code, _, err = grid(*ONE)
+    assert code == 1 and "is being run by another process" in err
+    grid.gate.touch()
+    wait_for(grid.over, "the run ends")
+    assert grid(*ONE)[0] == 0 and len(grid.starts(GOOD)) == 1
 
 
-def test_help_explains_every_option_and_preset(call):
-    result = call([RUN, "--help"])
-    assert result.returncode == 0 and result.stdout.startswith("Runs a grid")
-    source = RUN.read_text()
-    options = set(re.findall(r"(--[a-z-]+)(?: [|]|\))", source)) - {"--help", "--task"}
-    assert {"--scripts", "--envs", "--gpus", "--dry-run"} <= options
-    assert all(option in result.stdout for option in options)
-    assert all(f"  {preset}  " in result.stdout for preset in PRESETS)
+def test_a_killed_script_resumes_to_the_same_evaluations(grid, monkeypatch):
+    """The real script, in an environment of the user's own."""
+    (grid.folder / "own.py").write_text("import tiny_envs")
+    flags = "--critic-width 8 --learning-starts 40 --no-compile --eval-every 50"
+    flags += " --checkpoint-minutes 0 --device cpu"
+    run = ["--scripts", "sac_baseline", "--envs", "own:Truncated-v0", "--steps", "500"]
+    run += ["--flags", flags]
+    grid.environ["PYTHON"] = sys.executable
+    log = grid.runs / "own_Truncated-v0__sac_baseline+critic-width=8+learning-starts=40__1.log"
+    process = grid.start(*run)
+    wait_for(lambda: log.exists() and "step 100: " in log.read_text(), "the run is in its middle")
+    process.terminate()
+    assert process.wait() == 130
+    assert grid(*run)[0] == 0
+    assert "--resume" in grid.starts(log.stem)[1] and log.read_text().count("step 50: ") == 1
+    monkeypatch.chdir(grid.folder / "out")
+    alone = ["--env-id", "tiny_envs:Truncated-v0", "--total-timesteps", "500"]
+    sac_baseline.main([*flags.split(), *alone, "--run-name", "alone"])
+    resumed, alone = (grid.runs / name / "evaluations.csv" for name in (log.stem, "alone"))
+    assert resumed.read_text() == alone.read_text()
 
 
-PRESETS = {  # environments x settings x seeds
-    "mujoco": 6 * 6 * 10,
-    "rivals": 2 * 5 * 2,
-    "dmc": 15 * 8 * 10,
-    "myosuite": 10 * 8 * 10,
-    "ablations": 6 * 32 * 5,
-    "utd-scaling": 15 * 6 * 10,
-    "quick": 2 * 4 * 3,
-}
+def test_gpus_take_turns_and_workers_have_one_thread(grid):
+    del grid.environ["OMP_NUM_THREADS"]
+    grid.environ["CUDA_VISIBLE_DEVICES"] = "3,5"
+    assert grid(*ONE, "--seeds", "1 2")[0] == 0
+    said = {log.read_text().split(" | ")[1] for log in grid.runs.glob("*.log")}
+    assert said == {"GPU 3, 1 thread\n", "GPU 5, 1 thread\n"}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_dry_run_prints_commands_that_the_scripts_accept(call, tmp_path, monkeypatch, preset):
-    """The script itself parses every setting of a preset. Nothing is created."""
-    before = {*tmp_path.rglob("*")}
-    result = call([RUN, preset, "--dry-run"])
-    title, *commands = result.stdout.splitlines()
-    assert result.returncode == 0 and f"{PRESETS[preset]} runs, 0 of them finished" in title
-    assert len({*commands}) == PRESETS[preset] and {*tmp_path.rglob("*")} == before
+SIZES = {"mujoco": 6 * 6 * 10, "rivals": 2 * 5 * 2, "quick": 2 * 4 * 3, "ablations": 6 * 32 * 5}
+SIZES |= {"dmc": 15 * 8 * 10, "myosuite": 10 * 8 * 10, "utd-scaling": 15 * 6 * 10}
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_the_scripts_accept_every_setting_of_a_preset(grid, tmp_path, monkeypatch, preset):
+    """Each stops only at its environment, which is replaced by one that does not exist."""
+    code, out, _ = grid(preset, "--dry-run")
+    title, *commands = out.splitlines()
+    assert code == 0 and title.startswith(f"# 0 of {SIZES[preset]} runs")
+    assert len({*commands}) == SIZES[preset] and not grid.runs.exists()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmark"), *sys.path])
-    import ablate
     import probe
 
-    names = "--(env-id|seed|run-name) [^ ]+ ?"
-    settings = {re.sub(names, "", command): command for command in commands}  # one of each
-    for command in settings.values():
-        python, program, *words = command.split()
-        ablated = program.endswith("/ablate.py")
-        script = probe.load(words.pop(0) if ablated else program)
-        base = (
-            script
-            if hasattr(script, "parse_args")
-            else sys.modules[script.Agent.__base__.__module__]
-        )
-        parts = ablate.ablate(script) if ablated else vars(script)
-        args, _ = base.parse_args(words, parts["Args"], parts["Agent"])
-        assert (python, args.run_name) == (sys.executable, words[-1])
+    settings = {re.sub(r"--env-id .*", "", command) for command in commands}
+    for _, program, *words in map(str.split, settings):
+        with pytest.raises(Exception, match="`Missing` doesn't exist"):
+            probe.load(program).main([*words, "--env-id", "Missing-v0"])
 
 
-def test_a_setting_may_have_flags_of_its_own(call):
-    settings = ["crossq_sac --brn-warmup 5000", "ablate crossq_td3 --actor-norm none"]
-    result = call(
-        [RUN, "--setting", settings[0], "--setting", settings[1], "--envs", "E-v0", "--dry-run"]
-    )
-    _, first, second = result.stdout.splitlines()
-    assert re.search(r"/crossq_sac.py --env-id E-v0 .* --brn-warmup 5000 --run-name ", first)
-    assert first.endswith(" E-v0__crossq_sac+brn-warmup=5000__1")
-    assert re.search(r"/ablate.py \S+/crossq_td3.py --env-id E-v0 .* --actor-norm none ", second)
-    assert second.endswith(" E-v0__ablate_crossq_td3+actor-norm=none__1")
+@pytest.mark.parametrize("preset, setting, flags", [
+    ("dmc", "crossq_wn_highutd --utd 5", "--action-repeat 2 --utd 5"),
+    ("dmc", "crossq_sac", f"--action-repeat 2 {RATES} --alpha-lr 8e-4"),
+    ("dmc", "crossq_td3", f"--action-repeat 2 {RATES}"),
+    ("dmc", "xqc", "--action-repeat 2 --gamma 0.99"),
+    ("dmc", "bro --fast", "--fast"),
+    ("utd-scaling", "sr_sac", "--action-repeat 2"),
+    ("myosuite", "xqc", "--action-repeat 2 --gamma 0.95"),
+    ("myosuite", "bro", ""),
+])  # fmt: skip
+def test_the_papers_settings_of_a_suite(grid, preset, setting, flags):
+    _, first, *_ = grid(preset, "--setting", setting, "--dry-run")[1].splitlines()
+    myo, dmc = "myosuite:myoHandReachFixed-v0", "shimmy:dm_control/dog-stand-v0"
+    flags += f" --eval-every 25000 --env-id {myo if preset == 'myosuite' else dmc} --seed 1 "
+    assert re.search(r"\.py (.* --seed 1)", first)[1].split() == flags.split()
 
 
-def test_what_a_resume_may_change_is_not_in_a_name(call):
-    """Otherwise the same call with another --device, for example, would begin all runs anew."""
-    import crossq_sac
-
-    names = {}
-    for flag in (field.name for field in dataclasses.fields(crossq_sac.Args)):
-        setting = f"crossq_sac --{flag.replace('_', '-')} x"
-        result = call([RUN, "--setting", setting, "--envs", "E-v0", "--dry-run"])
-        names[flag] = result.stdout.split()[-1] if result.returncode == 0 else result.stderr
-    kept_out = {flag for flag, name in names.items() if name == "E-v0__crossq_sac__1"}
-    refused = {flag for flag, name in names.items() if "is no flag for a setting" in name}
-    others = {"total_timesteps", "resume", "evaluate"}
-    assert refused == others | {"env_id", "seed", "run_name"}  # run.sh has its own
-    assert kept_out == crossq_sac.Args.MAY_CHANGE - others
-
-
-def test_a_flag_that_comes_again_replaces_the_first(call):
-    """In the name too, and in either spelling; settings that are then the same are one run."""
-    settings = ["--setting", "crossq_sac --utd 2 --critic-width 8", "--setting", "crossq_sac"]
-    flags = ["--flags", "--critic_width 16 --track --utd=3"]
-    result = call([RUN, *settings, *flags, "--envs", "E-v0", "--dry-run"])
-    _, command = result.stdout.splitlines()
-    assert " --total-timesteps 1000000 --critic_width 16 --track --utd=3 --run-name " in command
-    assert command.endswith(" E-v0__crossq_sac+critic_width=16+utd=3__1")
-
-
-def test_an_interpreter_by_a_relative_path(call, tmp_path):
-    """The runs have another current directory."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    one = {"scripts": ["sac_baseline"], "envs": ["Truncated-v0"], "seeds": [1], "steps": 50}
-    result = call(grid("--out", "there", **one), env=environ() | {"PYTHON": "./python"})
-    assert result.returncode == 0, result.stdout
-
-
-def test_gpus_and_workers(tmp_path, call):
-    """Each visible GPU has its share of the runs. A stand-in for Python writes what it is given."""
-    python = tmp_path / "python"
-    said = "GPU $CUDA_VISIBLE_DEVICES, $OMP_NUM_THREADS thread"
-    python.write_text(f'#!/bin/sh\nsleep 1\necho "{said}"\n')
-    python.chmod(0o755)
-    env = environ() | {"PYTHON": str(python)}
-    del env["OMP_NUM_THREADS"]
-    arguments = {"flags": "--critic-width 16", "envs": ["Truncated-v0"], "seeds": range(4)}
-    gpus = env | {"CUDA_VISIBLE_DEVICES": "3,5"}
-    result = call(grid("--jobs-per-gpu", "2", **arguments), env=gpus)
-    assert "4 at a time on 2 GPUs" in result.stdout and result.returncode == 0
-    assert re.findall(r"^start .* on GPU (\d)$", result.stdout, re.M)[:4] == ["3", "5", "3", "5"]
-    logs = [(run / "log.txt").read_text() for run in runs(tmp_path / "runs").values()]
-    seen = [log.splitlines()[-1] for log in logs]
-    assert sorted(seen) == ["GPU 3, 1 thread"] * 4 + ["GPU 5, 1 thread"] * 4
-    result = call(grid("--out", "cpu", **arguments), env=env)
-    assert f"{len(os.sched_getaffinity(0))} at a time\n" in result.stdout
+def test_names_and_flags(grid):
+    """A name has the flags that make another run. Those of --flags come last, so they count."""
+    settings = ["--setting", "crossq_sac --utd 2 --bf16", "--setting", "ablate td3 --products tf32"]
+    flags = "--device cpu --critic-width 9 --no-compile --eval-every 5 --track"
+    _, out, _ = grid(*settings, "--envs", "my:E-v0", "--flags", flags, "--dry-run")
+    _, first, second = out.splitlines()
+    assert re.search(rf"/crossq_sac.py +--utd 2 --bf16 +{flags} --env-id my:E-v0 --seed 1 ", first)
+    assert first.endswith(" my_E-v0__crossq_sac+utd=2+bf16+critic-width=9__1")
+    assert re.search(rf"/ablate.py \S+/algorithms/td3.py +--products tf32 +{flags} ", second)
+    assert second.endswith(" my_E-v0__ablate_td3+products=tf32+critic-width=9__1")
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--sedes", "1"], "unknown argument --sedes"),
-    (["--seeds"], "--seeds needs a value"),
-    ([], "nothing to run"),
     (["mujoco", "--scripts", "crossq"], "no script crossq.py"),
-    (["mujoco", "--steps", "1e6"], "--steps must be a positive whole number, not 1e6"),
-    (["mujoco", "dmc"], "one preset at a time"),
-    (["mujoco", "--launcher", "pbs"], "--launcher is local or slurm, not pbs"),
-    (["mujoco", "--flags", "--utd 2 --seed 5"], "--seed is no flag for a setting"),
-    (["mujoco", "--setting", "ablate"], "a setting begins with a script's name"),
-    (["--scripts", "crossq_sac", "--envs", "x" * 300], "a run's name is too long"),
-    (["mujoco", "--out", "gate.py"], "--out gate.py is no folder"),
+    (["mujoco", "--steps", "1e6"], "positive integers"),
 ])  # fmt: skip
-def test_wrong_arguments(call, tmp_path, arguments, message):
-    result = call([RUN, *arguments])
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert message in result.stderr
-    assert not (tmp_path / "runs").exists()
+def test_wrong_arguments(grid, arguments, message):
+    code, _, err = grid(*arguments)
+    assert code == 2 and len(err.splitlines()) == 1 and message in err and not grid.runs.exists()
 
 
-# -------------------------------------------------------------------------------------------- Slurm
-
-
-@pytest.fixture(scope="module")
-def slurm():
-    """A Slurm that runs already, or one that ../shared/slurm-localhost.sh starts for this test."""
-
-    def answers():
-        if not shutil.which("sbatch"):
-            return False
-        return not subprocess.run(["sinfo"], capture_output=True, timeout=30).returncode
-
+def test_slurm_array(grid):
+    """One task is requeued in its middle, as by a pre-emption, and resumes. The other one fails,
+    and the same call submits it alone again."""
     start = ROOT.parent / "shared/slurm-localhost.sh"
-    if answers():
-        yield
-    elif start.exists() and os.geteuid() == 0:
-        # Two CPUs for two tasks at a time. With OMP_NUM_THREADS=1, nproc would count one.
-        env = os.environ | {"SLURM_LOCAL_PROCTRACK": "pgid", "SLURM_LOCAL_CPUS": "2"}
-        result = subprocess.run([start, "fresh"], env=env, capture_output=True, text=True)
-        if result.returncode:
-            pytest.skip(f"no Slurm: {(result.stdout + result.stderr)[-300:]}")
-        yield
-        subprocess.run([start, "stop"], capture_output=True)
-    else:
-        pytest.skip("no Slurm: no sbatch with a cluster that answers, and none can be started here")
+    env = os.environ | {"SLURM_LOCAL_PROCTRACK": "pgid", "SLURM_LOCAL_CPUS": "2"}
+    if not start.exists() or os.geteuid() or subprocess.run([start, "fresh"], env=env).returncode:
+        pytest.skip("no Slurm can be started here")
 
+    def ended():
+        return not subprocess.run(["squeue", "-h"], capture_output=True, check=True).stdout
 
-@pytest.mark.parametrize("end", ["time limit", "pre-emption"])
-def test_slurm_array(tmp_path, call, slurm, end):
-    """Of two tasks in their middle, one is stopped. Before a time limit, its batch shell gets a
-    SIGUSR1 and asks for a requeue. At a pre-emption, all its processes get a SIGTERM, and Slurm
-    requeues it. Either way it writes a checkpoint and resumes from it, and the other one goes on.
-    """
-    (tmp_path / "open").unlink()
-    one = {"scripts": ["sac_baseline"], "envs": ["gate:Gate-v0"]}
-    command = grid("--launcher", "slurm", "--jobs", "2", "--time", "10", **one)
-    result = call([*command, "--dry-run"])
-    options = r"sbatch .*--requeue --signal=B:USR1@60 --array=0,1%2 --time=10\n"
-    assert re.search(options, result.stdout)
-    assert not (tmp_path / "runs").exists()
-    result = call(command)
-    assert result.returncode == 0 and "submitted 2 of 2 runs" in result.stdout, result.stderr
-    array = result.stdout.split()[0]
-
-    def jobs(*arguments):
-        command = [*arguments, array]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
+    options = ["--slurm", "--cpus-per-task=1"]
+    code, _, err = grid(*TWO, *options, "--seeds", " ".join(map(str, range(600))))
+    assert code == 2 and "Slurm's MaxArraySize is 1001" in err
+    grid.gate.unlink()
     try:
-        again = call(command)
-        assert again.returncode == 2 and "still queued" in again.stderr
-        wait_for(lambda: len([*tmp_path.glob("waiting-*")]) == 2, "both tasks are in their middle")
-        # This task has the array's own job id. What is asked for that id concerns all tasks.
-        shown = jobs("scontrol", "show", "job", "-o")
-        task = re.search(rf"JobId={array} ArrayJobId={array} ArrayTaskId=(\d)", shown)[1]
-        signalled = {
-            "time limit": ["scancel", "--batch", "--signal=USR1"],
-            "pre-emption": ["scontrol", "requeue"],  # what Slurm does with PreemptMode=REQUEUE
-        }
-        subprocess.run([*signalled[end], f"{array}_{task}"], check=True)
-        time.sleep(1)
-        (tmp_path / "open").touch()
-        wait_for(lambda: "_" not in jobs("squeue", "-h", "-r", "-o", "%i", "-j"), "the array ends")
+        _, out, _ = grid(*TWO, *options)
+        wait_for(lambda: grid.begun(GOOD, BAD), "both tasks are in their middle")
+        array = re.search(r"Submitted batch job (\d+)", out)[1]
+        subprocess.run(["scontrol", "requeue", f"{array}_0"], check=True)
+        wait_for(lambda: len(grid.starts(GOOD)) == 2, "the task begins again")
+        grid.gate.touch()
+        wait_for(ended, "the array ends")
+        (grid.folder / "mended").touch()
+        assert grid(*TWO, *options)[1].startswith("# 1 of 2 runs")
+        wait_for(ended, "the second array ends")
     finally:
-        subprocess.run(["scancel", array])
-    for (_, _, seed), run in runs(tmp_path / "runs").items():
-        stopped = seed == int(task) + 1
-        assert len(starts(run)) == (2 if stopped else 1) and (run / "finished").exists()
-        assert ("ended at step 61;" in (run / "log.txt").read_text()) == stopped
-    assert "all 2 runs" in call(command).stdout
+        subprocess.run([start, "stop"])
+    assert grid(*TWO)[1].startswith("# 2 of 2 runs")
+    assert all("--resume" in grid.starts(name)[1] for name in (GOOD, BAD))
