@@ -1,41 +1,29 @@
-"""Draws learning curves, aggregates and diagnostics, and prints tables, from `evaluations.csv`
-files, beside the published curves.
+"""Draw learning curves beside the published ones, and print tables, from evaluations.csv files.
 
     pip install matplotlib==3.11.2 scipy==1.17.1
     python benchmark/plot.py                            # benchmark/results/SETTING/ENV/SEED.csv
+    python benchmark/plot.py --results benchmark/results/_figure5   # six panels: CrossQ, figure 5
     python benchmark/plot.py --runs runs --out figures  # runs/NAME/{evaluations.csv,args.json}
-    python benchmark/plot.py --runs runs --over critic-width  # or utd: a scaling figure
+    python benchmark/plot.py --runs runs --x both       # over updates, and over hours: figure 6
+    python benchmark/plot.py --runs runs --over critic-width        # or utd: a scaling figure
 
-There are three figures, each as PNG and SVG. `curves` has a panel per environment. `aggregate` has
-a panel per suite, if two of its environments are there. `panels` has the Q-bias, the weight norm
-and the effective learning rate, if probe.py has left probe.csv files. They lie in a run's folder;
-in results/ they are SETTING/ENV/SEED.probe.csv or _FOLDER/NAME/probe.csv. The tables are Markdown.
+Each figure is a PNG and an SVG. `curves` has a panel per environment; with --x both it has two and
+is called `efficiency`. `aggregate` has a panel per suite: means of return / 1000 (DMC) or success
+(MyoSuite). `panels` has the Q-bias, weight norm and effective learning rate, if probe.py has left a
+probe.csv: in a run's folder, as SETTING/ENV/SEED.probe.csv, or as _FOLDER/NAME/probe.csv. `over`
+has the returns at some steps over a flag that is a number. Under --results the number is in the
+setting's name, as in -utd5 and -w512. The table is Markdown.
 
-The script of a run under --runs is the one in its name, if that has the default form
-ENV__PROGRAM__SEED__TIME or run.sh's form ENV__PROGRAM+FLAGS__SEED. Otherwise it is the program that
-its checkpoint.pt names. Runs of one script and FLAGS are told apart by the flags in args.json that
-differ, but not by those of machine and logging. A flag that some runs do not have is a difference
-too, so runs from before a flag existed are told apart from later ones.
+Runs are told apart by their program and by the flags that differ between runs of one environment.
+A score is the mean return of an evaluation's episodes, or their success rate if every evaluation
+has one. A curve has the steps that all its seeds have. The IQM is the mean without the lowest and
+the highest quarter, both rounded down: with fewer than four seeds it is the mean. The interval is a
+percentile bootstrap over the seeds, in aggregates stratified by environment. With three seeds it
+covers less than its name says. CrossQ's paper shows 70 %, CrossQ + WN's 90 %.
 
-A score is the mean return of an evaluation's episodes, or the success rate where every evaluation
-has one. Seeds are averaged only at the steps that all of them have, so a curve ends where the
-shortest one ends. The IQM is the mean without the lowest and the highest quarter, both rounded
-down: of fewer than four seeds it is the mean. The interval is a percentile bootstrap over the
-seeds, in aggregates stratified by environment. With three seeds it covers less than its name says.
-The papers show IQM and 70 % (CrossQ), and IQM and 90 % (CrossQ + WN). Aggregates are the means of
-return / 1000 (DMC), of success (MyoSuite), or of (return - random) / (TD3 - random) (MuJoCo).
-
-In the tables and in `over`, a value is the mean of a seed's evaluations around the step, as the
-published values are: those within 5 % of it, and at least those within 2000 steps, or 8400 of SAC,
-whose published evaluations are rare; before step 20 000 these shrink with the step.
-
-`--x hours` counts from the TensorBoard events, without the pauses before a resume, and `--x
-updates` counts those of the critic. Both place a point at the mean over its seeds, and both are
-logarithmic where one setting's curve is more than five times as long as another's. `--x both` has
-a panel of each side by side (CrossQ, figure 6); `curves` is then called `efficiency`.
-
-`--over FLAG` makes one figure more, `over`: the returns at some steps over a flag that is a number.
-Under --results the number is in the setting's name, as in -utd5; of critic-width, as in -w512.
+In the table and in `over`, a value is the mean of a seed's evaluations within 5 % of the step, and
+at least within 2000 steps, as the published values are. For SAC it is 8400 steps, because its
+published evaluations are rare. Below step 20 000 both shrink with the step.
 """
 
 import argparse
@@ -45,17 +33,11 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
-try:
-    import matplotlib
-    import numpy as np
-    from scipy import stats
-except ImportError as e:
-    needed = "this needs: pip install matplotlib==3.11.2 scipy==1.17.1"
-    print(f"plot.py: error: {e}; {needed}", file=sys.stderr)
-    raise SystemExit(2) from None
+import matplotlib
+import numpy as np
+from scipy import stats
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "plot"  # the same SVG every time
@@ -66,16 +48,12 @@ HERE = Path(__file__).resolve().parent
 # Those of Okabe and Ito, which the colour-blind can tell apart too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "-.", (0, (8, 2))]  # of settings 1 to 6, 7 to 12, 13 to 18
-# These flags do not change what is learnt by a step.
-HOUSEKEEPING = """env_id seed total_timesteps device run_name eval_every eval_episodes
-    checkpoint_every resume evaluate track compile""".split()
-# The defaults of these depend on the suite.
-BY_SUITE = "action_repeat gamma policy_delay critic_lr actor_lr alpha_lr".split()
-RANDOM_TD3 = {  # TD7's appendix (arXiv 2306.02451); MR.Q and SimbaV2 normalise by it too
-    "HalfCheetah-v4": (-289.415, 10574), "Hopper-v4": (18.791, 3226), "Walker2d-v4": (2.791, 3946),
-    "Ant-v4": (-70.288, 3942), "Humanoid-v4": (120.423, 5165),
-}  # fmt: skip
-SUITES = {"DMC": "return / 1000", "MyoSuite": "success rate", "MuJoCo": "TD3-normalised return"}
+# Entries of args.json that do not change what is learnt by a step.
+HOUSEKEEPING = """env_id seed total_timesteps device compile eval_every eval_episodes
+    checkpoint_minutes run_name resume track torch gymnasium numpy command""".split()
+# The order of CrossQ's figure 5. Other environments follow by name.
+FIGURE_5 = "Hopper-v4 Walker2d-v4 Ant-v4 HalfCheetah-v4 Humanoid-v4 HumanoidStandup-v4"
+SUITES = {"dm_control": "return / 1000", "myo": "success rate"}  # with their aggregates' labels
 DIAGNOSTICS = {  # quantity: axis label
     "q_bias/mean": "Q-bias: mean",
     "q_bias/std": "Q-bias: standard deviation",
@@ -84,48 +62,35 @@ DIAGNOSTICS = {  # quantity: axis label
 }
 AXES = {
     "steps": "environment steps",
-    "hours": "wall-clock hours",
     "updates": "gradient steps of the critic",
+    "hours": "wall-clock hours",
 }
-AXES_OF = {x: [x] for x in AXES} | {"both": ["updates", "hours"]}  # by --x
-SOURCE = "SimbaV2's repository"
-# File in published/, algorithm (None: it has no such column), band, label, line (no line: it is in
-# the table only). Those of rivals.csv are shown only beside runs of their program.
+# File in published/, whose first lines name its source, algorithm (None: the file has one alone),
+# columns of the band, label (none: in the table only), line. N is the number of seeds, 3 or 5.
+# Those of rivals.csv are shown only beside runs of their program.
 PUBLISHED = [
-    ("crossq_gym_lowstep.csv", None, "q15 q85",
-     f"CrossQ, 2048 wide ({SOURCE}); band: 70 % of the 10 seeds", "--"),
-    ("gate_bootstrap.csv", "CrossQ(utd1)", "m5_q05 m5_q95", "", ""),
-    ("gate_bootstrap.csv", "SAC(utd1)", "m5_q05 m5_q95",
-     f"SAC, mean ({SOURCE}); band: 90 % of means of 5 seeds", ":"),
-    ("bro_official.csv", "BRO(utd10)", "", "BRO, UTD 10 (its repository)", (0, (4, 1, 1, 1))),
-    ("simba_repos.csv", "SimBa(utd2)", "", f"SimBa, UTD 2 ({SOURCE})", (0, (1, 3))),
-    ("simba_repos.csv", "SAC(utd1)", "", f"SAC, UTD 1 ({SOURCE})", (0, (1, 1))),
-    ("rivals.csv", "REDQ(utd20)", "min max",
-     f"REDQ, UTD 20 ({SOURCE}); band: its 10 seeds", (0, (5, 1))),
-    ("rivals.csv", "DroQ(utd20)", "min max",
-     f"DroQ, UTD 20 ({SOURCE}); band: its 10 seeds", (0, (3, 2))),
-    ("rivals.csv", "TD3(gym v1)", "min max",
-     "TD3 on gym's -v1 (its repository); band: its 10 seeds", "-."),
-    ("rivals.csv", "BRO(utd10)", "min max",
-     f"BRO, UTD 10 ({SOURCE}); band: its seeds", (0, (4, 1, 1, 1))),
-    ("rivals.csv", "BRO(utd2)", "min max",
-     f"BRO (Fast), UTD 2 ({SOURCE}); band: its seeds", (0, (3, 1, 1, 1, 1, 1))),
-    ("rivals.csv", "XQC(utd2)", "", "XQC, UTD 2 (its repository)", (0, (2, 1, 1, 1))),
-    ("rivals.csv", "SR-SAC(utd32)", "", "SR-SAC, UTD 32 (its repository)", (0, (6, 1, 1, 1, 1, 1))),
-]  # fmt: skip
-# Of the published algorithms that have a single point somewhere.
-MARKERS = {None: "o", "SAC(utd1)": "s", "BRO(utd10)": "D", "SimBa(utd2)": "^"}
-MARKERS |= {"REDQ(utd20)": "P", "DroQ(utd20)": "X", "XQC(utd2)": "v", "SR-SAC(utd32)": "*"}
-MARKERS |= {"TD3(gym v1)": "d", "BRO(utd2)": "p"}
+    ("crossq_gym_lowstep.csv", None, "q15 q85", "CrossQ, 2048 wide; band: 70 % of 10 seeds", "--"),
+    ("gate_bootstrap.csv", "CrossQ(utd1)", "mN_q05 mN_q95", "", ""),
+    ("gate_bootstrap.csv", "SAC(utd1)", "mN_q05 mN_q95", "SAC; band: 90 % of N-seed means", ":"),
+    ("bro_official.csv", "BRO(utd10)", "", "BRO, UTD 10", (0, (4, 1, 1, 1))),
+    ("simba_repos.csv", "SimBa(utd2)", "", "SimBa, UTD 2", (0, (1, 3))),
+    ("simba_repos.csv", "SAC(utd1)", "", "SAC, UTD 1", (0, (1, 1))),
+    ("rivals.csv", "REDQ(utd20)", "min max", "REDQ, UTD 20; band: its 10 seeds", (0, (5, 1))),
+    ("rivals.csv", "DroQ(utd20)", "min max", "DroQ, UTD 20; band: its 10 seeds", (0, (3, 2))),
+    ("rivals.csv", "TD3(gym v1)", "min max", "TD3 on gym's -v1; band: its 10 seeds", "-."),
+    ("rivals.csv", "BRO(utd10)", "min max", "BRO, UTD 10; band: its seeds", (0, (4, 1, 1, 1))),
+    ("rivals.csv", "BRO(utd2)", "min max", "BRO (Fast), UTD 2; band: its seeds", (0, (3, 1))),
+    ("rivals.csv", "XQC(utd2)", "", "XQC, UTD 2", (0, (2, 1, 1, 1))),
+    ("rivals.csv", "SR-SAC(utd32)", "", "SR-SAC, UTD 32", (0, (6, 1, 1, 1, 1, 1))),
+]
+MARKERS = dict(zip((alg for _, alg, *_ in PUBLISHED), "o.sD^sPXdDpv*"))  # of single points
 OVER_STEPS = [20_000, 30_000, 50_000, 100_000, 300_000, 1_000_000]  # of --over
-PUBLISHED_WIDTH = 2048  # of the published CrossQ
-WINDOW = 16_666  # environment steps over which the published steps to a return were smoothed
 
 
 @dataclasses.dataclass
 class Run:
     setting: str
-    env: str  # as in a folder's name: _ for slash and colon
+    env: str  # as in a folder's name: _ for a slash
     seed: str
     curves: dict[str, dict[int, float]]  # {quantity: {environment step: value}}
     x: dict[str, dict[int, float]]  # {x-axis: {environment step: place on it}}
@@ -134,8 +99,7 @@ class Run:
 
 @dataclasses.dataclass
 class Curve:
-    """One setting's evaluated steps [T], their places [T] on each x-axis, and the values [seeds, T]
-    of each environment."""
+    """Steps [T], their places [T] on each x-axis, and the values [seeds, T] of each environment."""
 
     steps: list[int]
     x: dict[str, np.ndarray]
@@ -158,18 +122,6 @@ def natural(name: str) -> list:
     return [name.startswith("published"), *(float(p) if i % 2 else p for i, p in enumerate(parts))]
 
 
-def note(message: str) -> None:
-    print(f"plot.py: {message}", file=sys.stderr)
-
-
-def fail(message: str) -> None:
-    note(f"error: {message}")
-    raise SystemExit(2)
-
-
-# Reading
-
-
 def read_table(path: Path) -> list[dict]:
     """The rows of a CSV file as dictionaries. Lines that start with # are comments."""
     with open(path) as file:
@@ -177,8 +129,7 @@ def read_table(path: Path) -> list[dict]:
 
 
 def read_evaluations(path: Path) -> dict[str, dict[int, float]]:
-    """From evaluations.csv: {"return": {step: mean over the episodes}}, and "success" in the same
-    way if every episode has one."""
+    """{"return": {step: mean over the episodes}}; "success" too if every episode has one."""
     rows, curves = read_table(path), {}
     for name in ("return", "success"):
         if all(row[name] for row in rows):
@@ -190,8 +141,7 @@ def read_evaluations(path: Path) -> dict[str, dict[int, float]]:
 
 
 def read_probe(path: Path) -> dict[str, dict[int, float]]:
-    """From probe.csv: {quantity: {step: value}} for those of DIAGNOSTICS. Without such a file there
-    are none."""
+    """{quantity: {step: value}} for those of DIAGNOSTICS; nothing if there is no such file."""
     values, curves = defaultdict(dict), defaultdict(dict)
     for step, quantity, value in csv.reader(open(path)) if path.exists() else ():
         values[int(step)][quantity] = float(value)  # after a resume, a step's last row counts
@@ -209,10 +159,9 @@ def load_results(folder: Path) -> list[Run]:
     """Reads SETTING/ENV/SEED.csv, and _FOLDER/NAME/probe.csv, which is no learning curve."""
     runs = []
     for path in sorted(folder.glob("[!_]*/*/*.csv")):
-        if path.name.endswith(".probe.csv"):
-            continue
-        curves = read_evaluations(path) | read_probe(path.with_suffix(".probe.csv"))
-        runs.append(Run(path.parts[-3], path.parts[-2], path.stem, curves, {}))
+        if not path.name.endswith(".probe.csv"):
+            curves = read_evaluations(path) | read_probe(path.with_suffix(".probe.csv"))
+            runs.append(Run(path.parts[-3], path.parts[-2], path.stem, curves, {}))
     for path in sorted(folder.glob("_*/*/probe.csv")):
         runs.append(Run(path.parts[-2], path.parts[-3].strip("_"), "", read_probe(path), {}))
     for run in runs:
@@ -223,72 +172,52 @@ def load_results(folder: Path) -> list[Run]:
 def load_runs(folder: Path, axes: list[str]) -> list[Run]:
     """Reads NAME/{evaluations.csv,args.json[,probe.csv]}. Of one setting, environment and seed only
     the longest run counts."""
-    paths = [path.parent for path in sorted(folder.glob("*/args.json"))]
-    paths = [path for path in paths if (path / "evaluations.csv").exists()]
-    all_args = {path: json.loads((path / "args.json").read_text())["args"] for path in paths}
-    scripts = {path: script_of(path) for path in paths}  # with the flags in its name
-    shared = set.intersection(*(set(script[1:]) for script in scripts.values())) if paths else set()
+    paths = [path.parent for path in sorted(folder.glob("*/evaluations.csv"))]
+    all_args = {path: json.loads((path / "args.json").read_text()) for path in paths}
+    programs = {path: program_of(args["command"]) for path, args in all_args.items()}
     runs = {}
     for path, args in all_args.items():
-        script, *named = scripts[path]
-        flags = differing([all_args[p] for p in paths if scripts[p] == scripts[path]])
+        flags = differing([all_args[p] for p in paths if programs[p] == programs[path]])
         flags = [f"{flag.replace('_', '-')}={args[flag]}" for flag in flags if flag in args]
-        setting = ", ".join([script, *(flag for flag in named if flag not in shared), *flags])
+        env = args["env_id"].split(":")[-1].replace("/", "_")
+        key = ", ".join([programs[path], *flags]), env, str(args["seed"])
         curves = read_evaluations(path / "evaluations.csv") | read_probe(path / "probe.csv")
-        env = re.sub(r"[/\\:]", "_", args["env_id"])
-        run = Run(setting, env, str(args["seed"]), curves, {}, args)
-        done, key = curves["return"], (run.setting, run.env, run.seed)
-        if not done:
-            note(f"{path}: no evaluation yet")
-            continue
-        if key in runs:
-            note(f"{path}: {key} is there twice; only the longer counts")
-        if key not in runs or max(done) > max(runs[key].curves["return"]):
-            run.x = {x: places(path, args, done, x) for x in axes}
-            runs[key] = run
+        if key not in runs or max(curves["return"]) > max(runs[key].curves["return"]):
+            x = {axis: places(path, args, curves["return"], axis) for axis in axes}
+            runs[key] = Run(*key, curves, x, args)
     return list(runs.values())
 
 
-def places(path: Path, args: dict, steps: Iterable[int], x: str) -> dict[int, float]:
+def program_of(command: list[str]) -> str:
+    """crossq_sac or "ablate crossq_sac", say. probe.py and actions.py only watch."""
+    scripts = [Path(word).stem for word in command if word.endswith(".py")]
+    return " ".join(script for script in scripts if script not in ("probe", "actions"))
+
+
+def differing(all_args: list[dict]) -> list[str]:
+    """The flags that differ between runs of one environment."""
+
+    def differs(flag: str) -> bool:
+        pairs = {(args["env_id"], json.dumps(args.get(flag))) for args in all_args}
+        return len(pairs) > len({env for env, _ in pairs})
+
+    flags = dict.fromkeys(flag for args in all_args for flag in args if flag not in HOUSEKEEPING)
+    return [flag for flag in flags if differs(flag)]
+
+
+def places(path: Path, args: dict, steps: list[int], axis: str) -> dict[int, float]:
     """{environment step: place on the x-axis}."""
-    if x == "hours":
+    if axis == "hours":
         return hours(path)
-    if x == "steps":
+    if axis == "steps":
         return {step: step for step in steps}
     begin = args["learning_starts"] * args["action_repeat"]
     rate = args["utd"] / args["action_repeat"]
     return {step: (step - begin) * rate for step in steps if step >= begin}
 
 
-def script_of(path: Path) -> list[str]:
-    """The script of a run's folder, and the flags in its name: see the top. A script that
-    ablate.py runs counts as the script itself, because the flags of ablate.py tell them apart."""
-    name = r".+?__(?:ablate_)?([a-zA-Z]\w*?(?:\+.+?)?)__\d+(?:__\d+)?"
-    if match := re.fullmatch(name, path.name):
-        return match[1].split("+")
-    if not (path / "checkpoint.pt").exists():
-        fail(f"{path}: of which script? Call it ENV__PROGRAM__SEED__TIME, or leave its checkpoint")
-    import torch  # only here: it takes seconds
-
-    checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True, mmap=True)
-    return [checkpoint["program"].removeprefix("ablate_")]
-
-
-def differing(all_args: list[dict]) -> list[str]:
-    """The flags that differ between runs; those of BY_SUITE, between runs of one suite."""
-
-    def differs(flag: str) -> bool:
-        suites = [suite_of(args["env_id"]) if flag in BY_SUITE else None for args in all_args]
-        values = [json.dumps(args.get(flag)) for args in all_args]
-        return len(set(zip(suites, values))) > len(set(suites))
-
-    flags = dict.fromkeys(flag for args in all_args for flag in args if flag not in HOUSEKEEPING)
-    return [flag for flag in flags if differs(flag)]
-
-
 def hours(path: Path) -> dict[int, float]:
-    """{environment step: hours that the run had run when its evaluation was written}. The parts of
-    a resumed run are added up."""
+    """{environment step: hours until its evaluation}, without the pauses before a resume."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     out, before = {}, 0.0
@@ -298,39 +227,34 @@ def hours(path: Path) -> dict[int, float]:
             if any(value.tag == "eval/return" for value in event.summary.value):
                 out[event.step] = (before + event.wall_time - events[0].wall_time) / 3600
         before += events[-1].wall_time - events[0].wall_time
-    return out or fail(f"--x hours is not available: {path} has no events of eval/return")
+    return out
 
 
-def published(
-    envs: list[str], last: int, statistic: str, settings: Iterable[str] = ()
-) -> list[tuple]:
-    """Name, label, line, {step <= last: (value, low, high) or (value,)} of each published algorithm
-    that has all envs and, if it is one of rivals.csv, its program among the settings.
-
-    Of several environments, it is the mean of their normalised values. Where a file has no IQM, it
-    is the mean over the seeds.
-    """
+def published(envs: list[str], last: int, options, settings=()) -> list[tuple]:
+    """Panel.published, up to the last step: each algorithm that has all envs and, if it is one of
+    rivals.csv, its program among the settings. Of several environments, the value is the mean of
+    their normalised ones. If a file has no IQM, it is the mean over the seeds."""
     out = []
     programs = {re.split("[-+,]", setting)[0] for setting in settings}
     for file, alg, band, label, line in PUBLISHED:
         program = str(alg).partition("(")[0].lower().replace("-", "_")
         if file == "rivals.csv" and program not in programs:
             continue
-        tasks = []
+        rows, tasks = read_table(HERE / "published" / file), []
+        names = [options.statistic if options.statistic in rows[0] else "mean"]
+        names += band.replace("N", str(options.n_seeds)).split()
         for env in envs:
-            rows = read_table(HERE / "published" / file)
-            rows = [r for r in rows if (r["env"], r.get("alg")) == (name_of(env), alg)]
-            names = [statistic if rows and statistic in rows[0] else "mean", *band.split()]
-            values = {int(r["env_step"]): tuple(float(r[name]) for name in names) for r in rows}
-            tasks.append(values)
+            mine = [r for r in rows if (r["env"], r.get("alg")) == (name_of(env), alg)]
+            tasks.append({int(r["env_step"]): tuple(float(r[x]) for x in names) for r in mine})
         steps = sorted(step for step in set.intersection(*map(set, tasks)) if step <= last)
         values = {step: tasks[0][step] for step in steps}
         if len(envs) > 1:
-            label = label.split("; band")[0] + ", mean of the tasks"
+            label = label.split("; band")[0]
             for s in steps:
                 scores = [normalised(env, task[s][0]) for env, task in zip(envs, tasks)]
                 values[s] = (np.mean(scores),)
-        out += [(alg, f"published: {label}", line, values)] if values else []
+        label = f"published: {label.replace('N', str(options.n_seeds))}" if label else ""
+        out += [(alg, label, line, values)] if values else []
     return out
 
 
@@ -343,135 +267,160 @@ def name_of(env: str) -> str:
     return env.removeprefix("dm_control_").removesuffix("-v0").replace("_", "-")
 
 
-# Statistics
-
-
-def estimate(samples: list[np.ndarray], statistic: str, level: int) -> np.ndarray:
+def estimate(samples: list[np.ndarray], options) -> np.ndarray:
     """Mean or IQM over all seeds of all environments, and its stratified bootstrap interval.
 
-    `samples` has an array [seeds, ...] per environment. Returns [3, ...]: value, low and high. One
-    seed has no interval: low and high are NaN.
-    """
+    `samples` has an array [seeds, ...] per environment. Returns [3, ...]: value, low and high. With
+    one seed these two are NaN."""
+    cut = 0.25 if options.statistic == "iqm" else 0
 
     def pooled(*parts, axis):
-        return stats.trim_mean(np.concatenate(parts, axis), 0.25 if statistic == "iqm" else 0, axis)
+        return stats.trim_mean(np.concatenate(parts, axis), cut, axis)
 
     value = pooled(*samples, axis=0)
     if min(map(len, samples)) < 2:
         return np.stack([value, value * np.nan, value * np.nan])
-    options = {"n_resamples": 2000, "confidence_level": level / 100, "method": "percentile"}
-    result = stats.bootstrap(samples, pooled, axis=0, rng=0, **options)
-    return np.stack([value, result.confidence_interval.low, result.confidence_interval.high])
+    how = {"n_resamples": 2000, "confidence_level": options.interval / 100, "method": "percentile"}
+    interval = stats.bootstrap(samples, pooled, axis=0, rng=0, **how).confidence_interval
+    return np.stack([value, interval.low, interval.high])
 
 
 def common(runs: list[Run], quantity: str) -> Curve:
-    """Has the steps that all seeds have, and nothing else."""
+    """The steps that all seeds have, and nothing else."""
     there = [set(run.curves.get(quantity, {})).intersection(*run.x.values()) for run in runs]
     steps = sorted(set.intersection(*there))
-    x = {
-        axis: np.array([np.mean([run.x[axis][step] for run in runs]) for step in steps])
-        for axis in runs[0].x
-    }
+    x = {a: np.mean([[run.x[a][s] for s in steps] for run in runs], 0) for a in runs[0].x}
     values = np.array([[run.curves[quantity][step] for step in steps] for run in runs])
     return Curve(steps, x, [values])
 
 
-def suite_of(env: str) -> str | None:
-    return {"dm_": "DMC", "myo": "MyoSuite"}.get(env[:3], "MuJoCo" if env in RANDOM_TD3 else None)
+def around(setting: str, curve: Curve, step: int) -> np.ndarray:
+    """[seeds]: the means of the evaluations around a step, as the published values: see the top."""
+    least = (8400 if setting.startswith("sac") else 2000) * min(1, step / 20_000)
+    near = np.abs(np.array(curve.steps) - step) <= max(least, 0.05 * step)
+    return curve.values[0][:, near].mean(1)
 
 
 def normalised(env: str, values):
-    low, high = {"DMC": (0, 1000), "MyoSuite": (0, 1)}.get(suite_of(env)) or RANDOM_TD3[env]
-    return (values - low) / (high - low)
+    return values / 1000 if env.startswith("dm_control") else values
 
 
 def merged(envs: list[str], curves: list[Curve]) -> Curve:
-    """One setting's curves in several environments, normalised, at the steps that all of them
-    have."""
+    """One setting's normalised curves in several environments, at the steps they share."""
     steps = sorted(set.intersection(*(set(curve.steps) for curve in curves)))
-    x, values = defaultdict(list), []
-    for env, curve in zip(envs, curves):
-        columns = [curve.steps.index(step) for step in steps]
-        for axis, at in curve.x.items():
-            x[axis].append(at[columns])
-        values.append(normalised(env, curve.values[0][:, columns]))
-    return Curve(steps, {axis: np.mean(at, 0) for axis, at in x.items()}, values)
+    columns = [[curve.steps.index(step) for step in steps] for curve in curves]
+    pairs = list(zip(curves, columns))
+    x = {axis: np.mean([c.x[axis][at] for c, at in pairs], 0) for axis in curves[0].x}
+    values = [normalised(env, c.values[0][:, at]) for env, (c, at) in zip(envs, pairs)]
+    return Curve(steps, x, values)
 
 
-def steps_to(curve: Curve, threshold: float) -> np.ndarray:
-    """[seeds]: the first step at which the evaluations of the last WINDOW steps have a mean above
-    threshold, or inf if there is none."""
-    steps, values = np.array(curve.steps), curve.values[0]
-    trailing = np.stack([values[:, (s - WINDOW < steps) & (steps <= s)].mean(1) for s in steps], 1)
-    return np.where(trailing > threshold, steps, np.inf).min(1)
-
-
-# Panels
-
-
-def group(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
+def group(runs) -> dict[str, dict[str, list[Run]]]:
     """{environment: {setting: runs}}, sorted."""
+
+    def order(run: Run) -> tuple:
+        place = FIGURE_5.find(run.env) % 1000  # not found, -1, comes last
+        return place, run.env, natural(run.setting), natural(run.seed)
+
     groups = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (run.env, natural(run.setting), run.seed)):
+    for run in sorted(runs, key=order):
         groups[run.env][run.setting].append(run)
     return groups
 
 
-def curve_panels(runs: list[Run], statistic: str) -> list[Panel]:
-    """A panel per environment. It shows success where every run has it, and otherwise return."""
+def curves_of(settings: dict[str, list[Run]], quantity: str) -> dict[str, Curve]:
+    curves = {setting: common(runs, quantity) for setting, runs in settings.items()}
+    return {setting: curve for setting, curve in curves.items() if curve.steps}
+
+
+def curve_panels(runs: list[Run], options) -> list[Panel]:
+    """A panel per environment. It shows success if every run has it, and otherwise return."""
     panels = []
     for env, settings in group(run for run in runs if "return" in run.curves).items():
         success = all("success" in run.curves for runs in settings.values() for run in runs)
-        quantity = "success" if success else "return"
-        curves = {setting: common(runs, quantity) for setting, runs in settings.items()}
-        for setting, curve in curves.items():
-            ends = sorted({max(run.curves["return"], default=0) for run in settings[setting]})
-            if curve.steps[-1:] != ends[-1:]:
-                note(f"{setting}, {env}: seeds end at {ends}, in common {curve.steps[-1:]}")
-        curves = {setting: curve for setting, curve in curves.items() if curve.steps}
+        curves = curves_of(settings, "success" if success else "return")
         # Published curves begin at 6000 steps, and are to be seen beside a shorter run.
         last = max([10_000, *(curve.steps[-1] for curve in curves.values())])
         ylabel = "success rate" if success else "evaluation return"
-        panels.append(
-            Panel(env, ylabel, "linear", curves, published([env], last, statistic, curves))
-        )
+        theirs = published([env], last, options, curves)
+        panels.append(Panel(env, ylabel, "linear", curves, theirs))
     return panels
 
 
-def aggregate_panels(panels: list[Panel], statistic: str) -> list[Panel]:
-    """A panel per suite, over the environments that all settings have, so that settings can be
-    compared. A setting with only one environment is left out."""
+def aggregate_panels(panels: list[Panel], options) -> list[Panel]:
+    """A panel per suite, of the settings that have all its environments."""
     out = []
     for suite, ylabel in SUITES.items():
-        members = {panel.title: panel.curves for panel in panels if suite_of(panel.title) == suite}
-        names = sorted({setting for curves in members.values() for setting in curves}, key=natural)
-        names = [name for name in names if sum(name in curves for curves in members.values()) > 1]
-        envs = [env for env, curves in members.items() if set(names) <= curves.keys()]
+        members = {panel.title: panel.curves for panel in panels if panel.title.startswith(suite)}
+        envs, names = list(members), set.intersection(*map(set, members.values() or [()]))
         if names and len(envs) > 1:
+            names = sorted(names, key=natural)
             curves = {name: merged(envs, [members[env][name] for env in envs]) for name in names}
-            last = max(max(curve.steps, default=0) for curve in curves.values())
-            title = f"{suite}: {len(envs)} tasks"
-            curves = {name: curve for name, curve in curves.items() if curve.steps}
-            out.append(
-                Panel(title, ylabel, "linear", curves, published(envs, last, statistic, curves))
-            )
+            last = max(curve.steps[-1] for curve in curves.values())
+            theirs = published(envs, last, options, curves)
+            out.append(Panel(f"{suite}: {len(envs)} tasks", ylabel, "linear", curves, theirs))
     return out
 
 
 def diagnostic_panels(runs: list[Run]) -> list[Panel]:
     """A panel per quantity and environment, of the runs that have a probe.csv."""
     panels = []
-    runs = [run for run in runs if DIAGNOSTICS.keys() & run.curves.keys()]
-    for env, settings in group(runs).items():
+    for env, settings in group(r for r in runs if DIAGNOSTICS.keys() & r.curves.keys()).items():
         for quantity, label in DIAGNOSTICS.items():
-            curves = {setting: common(runs, quantity) for setting, runs in settings.items()}
-            curves = {setting: curve for setting, curve in curves.items() if curve.steps}
+            curves = curves_of(settings, quantity)
             values = np.concatenate([curve.values[0].ravel() for curve in curves.values()] or [[0]])
-            # A critic that diverges needs another scale.
-            scale = "log" if 0 < 20 * values.min() < values.max() else "linear"
-            scale = "symlog" if values.min() < 0 and abs(values).max() > 5 else scale
+            scale = "log" if 0 < 20 * values.min() < values.max() else "linear"  # one diverges
             panels.append(Panel(env, label, scale, curves, []))
     return panels
+
+
+def draw(panels: list[Panel], columns: int, styles: dict[str, dict], options, path: Path) -> None:
+    """Writes path.png and path.svg: the panels, each over options.axes, with one legend."""
+    over = [(panel, axis) for panel in panels for axis in options.axes]
+    columns = 2 if options.x == "both" else columns
+    rows = -(-len(over) // columns)
+    size = max(4.6 * columns, 7), 3.4 * rows + 1.4
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(over) :]:
+        axis.remove()
+    entries = {}
+    for axis, (panel, x) in zip(axes.flat, over):
+        for setting, curve in panel.curves.items():
+            value, low, high = estimate(curve.values, options)
+            style, at = styles[setting], curve.x[x]
+            marker = "" if len(at) > 1 else "o"
+            label = f"{setting} (seeds: {' to '.join(sorted({str(len(v)) for v in curve.values}))})"
+            (entries[label],) = axis.plot(at, value, marker=marker, **style)
+            axis.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        for alg, label, line, values in panel.published if x == "steps" else ():
+            if label:
+                value, *band = np.array(list(values.values())).T
+                style = {"linestyle": line, "color": "0.3"}
+                style |= {"marker": MARKERS[alg]} if len(values) == 1 else {}
+                (entries[label],) = axis.plot(values.keys(), value, **style)
+                if band:
+                    axis.fill_between(values.keys(), *band, color="0.3", alpha=0.12, linewidth=0)
+        axis.set(title=panel.title, xlabel=AXES[x], ylabel=panel.ylabel)
+        axis.set(yscale=panel.scale, xlim=(0, None))
+        if x != "steps":
+            axis.set_xscale("log", nonpositive="mask")  # an evaluation may be at update 0
+            axis.autoscale(axis="x")
+        axis.xaxis.set_major_formatter("{x:g}" if x == "hours" else EngFormatter(sep=""))  # 100k
+
+    save(figure, {name: entries[name] for name in sorted(entries, key=natural)}, options, path)
+
+
+def save(figure, entries: dict, options, path: Path) -> None:
+    for axis in figure.axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    title = f"{options.statistic} and {options.interval} % bootstrap interval over the seeds"
+    how = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 9}
+    how |= {"title": title.replace("iqm", "IQM"), "ncols": 1 + (len(entries) > 6)}
+    figure.legend(entries.values(), entries.keys(), **how)
+    figure.savefig(f"{path}.png", dpi=150)
+    figure.savefig(f"{path}.svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 def split_off(flag: str, run: Run) -> tuple[str, float | None]:
@@ -487,227 +436,114 @@ def split_off(flag: str, run: Run) -> tuple[str, float | None]:
     return run.setting, None
 
 
-def draw_over(flag: str, runs: list[Run], args, path: Path) -> None:
+def draw_over(flag: str, runs: list[Run], options, path: Path) -> None:
     """Writes path.png and path.svg: a panel per environment, with a line per setting and step. Over
     the critic's width, the published CrossQ stands beside it."""
-    lines = defaultdict(lambda: defaultdict(list))  # {environment: {(setting, step): points}}
-    values = defaultdict(set)
+    lines = defaultdict(lambda: defaultdict(list))  # {environment: {(step, label): points}}
     for env, settings in group(run for run in runs if "return" in run.curves).items():
         for setting, members in settings.items():
             rest, value = split_off(flag, members[0])
             curve = common(members, "return")
             for step in OVER_STEPS if value is not None else ():
                 if step in curve.steps:
-                    score = estimate(around(setting, curve, step), args.statistic, args.interval)
-                    lines[env][rest, step].append((value, *score.ravel()))
-                    values[env].add(value)
-    envs = [env for env in lines if len(values[env]) > 1]
-    if not envs:
-        steps = " or ".join(f"{step:,}" for step in OVER_STEPS)
-        fail(f"--over {flag}: no task has runs that differ in it and an evaluation at {steps}")
-    rests = sorted({rest for env in envs for rest, _ in lines[env]}, key=natural)
-    steps = sorted({step for env in envs for _, step in lines[env]})
-    size = max(4.6 * len(envs), 8.5), 5
-    figure, axes = plt.subplots(1, len(envs), figsize=size, squeeze=False, layout="constrained")
+                    score = estimate([around(setting, curve, step)], options)
+                    lines[env][step, rest].append((value, *score))
+    if not lines:
+        sys.exit(f"error: --over {flag}: no run has a number there and a step of {OVER_STEPS}")
+    size = max(4.6 * len(lines), 8.5), 5
+    figure, axes = plt.subplots(1, len(lines), figsize=size, squeeze=False, layout="constrained")
     entries = {}
-
-    def add(axis, label, step, points, **style):
-        at, value, low, high = np.array(points).T
-        i = steps.index(step)
-        at = at * 1.03**i  # or the intervals of two steps would hide each other
-        style |= {"color": COLOURS[i], "capsize": 3}
-        entries[label] = axis.errorbar(at, value, (value - low, high - value), **style)
-
-    for axis, env in zip(axes.flat, envs):
-        for rest, step in sorted(lines[env], key=lambda key: (key[1], natural(key[0]))):
-            label = f"{rest}, " * (len(rests) > 1) + f"{step:,} steps"
-            add(axis, label, step, lines[env][rest, step], marker="os^v"[rests.index(rest) % 4])
-        for alg, label, _, at in published([env], steps[-1], args.statistic):
-            for step in steps if (flag, alg) == ("critic-width", None) else ():
-                if step in at:
-                    beside = [(PUBLISHED_WIDTH * 1.2, *at[step])]
-                    add(axis, label, step, beside, marker="D", mfc="none", linestyle=":")
-        ticks = sorted(values[env])
+    for axis, (env, at) in zip(axes.flat, lines.items()):
+        ticks = sorted({point[0] for points in at.values() for point in points})
+        steps = sorted({step for step, _ in at})
+        for alg, label, _, values in published([env], steps[-1], options):
+            for step in set(steps) & set(values) if (flag, alg) == ("critic-width", None) else ():
+                at[step, label.split(",")[0]] = [(2048 * 1.2, *values[step])]  # beside ours
+        markers = dict(zip(sorted({label for _, label in at}, key=natural), "osv^D<>ph*" * 9))
+        for step, label in sorted(at, key=lambda key: (key[0], natural(key[1]))):
+            x, value, low, high = np.array(at[step, label]).T
+            i = OVER_STEPS.index(step)
+            x = x * 1.03**i  # or the intervals of two steps would hide each other
+            style = {"color": COLOURS[i], "marker": markers[label], "capsize": 3}
+            bars = value - low, high - value
+            entries[f"{label}, {step:,} steps"] = axis.errorbar(x, value, bars, **style)
         axis.set(title=env, xlabel=flag, ylabel="evaluation return")
         axis.set_xscale("log" if ticks[0] > 0 else "linear")
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    legend(figure, entries, entries, caption(args))
-    save(figure, path)
-
-
-def draw(panels: list[Panel], columns: int, styles: dict[str, dict], args, path: Path) -> None:
-    """Writes path.png and path.svg: the panels, each over the x-axes that are asked for, and below
-    them one legend, whose title says what line and band are."""
-    over = [(panel, x) for panel in panels for x in AXES_OF[args.x]]
-    columns = 2 if args.x == "both" else columns
-    rows = -(-len(over) // columns)
-    size = max(4.6 * columns, 7), 3.4 * rows + 1.4
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(over) :]:
-        axis.remove()
-    counts, entries = defaultdict(set), {}
-    theirs = [line for panel in panels for line in panel.published]
-    points = {label for _, label, _, values in theirs if len(values) == 1}
-    for axis, (panel, x) in zip(axes.flat, over):
-        for setting, curve in panel.curves.items():
-            value, low, high = estimate(curve.values, args.statistic, args.interval)
-            style, at = styles[setting], curve.x[x]
-            marker = "" if len(at) > 1 else "o"
-            (entries[setting],) = axis.plot(at, value, marker=marker, **style)
-            axis.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
-            counts[setting] |= set(map(len, curve.values))
-        for alg, label, line, values in panel.published if x == "steps" else ():
-            if line:
-                value, *band = np.array(list(values.values())).T
-                style = {"marker": MARKERS[alg], "markevery": [-1]} if label in points else {}
-                style |= {"linestyle": line, "color": "0.3"}
-                (entries[label],) = axis.plot(values.keys(), value, **style)
-                if band:
-                    axis.fill_between(values.keys(), *band, color="0.3", alpha=0.12, linewidth=0)
-        axis.set(title=panel.title, xlabel=AXES[x], ylabel=panel.ylabel)
-        axis.set(yscale=panel.scale, xlim=(0, None))
-        ends = [curve.x[x][-1] for curve in panel.curves.values()]
-        if x != "steps" and 0 < 5 * min(ends, default=0) < max(ends):
-            axis.set_xscale("log", nonpositive="mask")  # an evaluation may be at update 0
-            axis.autoscale(axis="x")
-        axis.xaxis.set_major_formatter("{x:g}" if x == "hours" else EngFormatter(sep=""))  # 100k
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    entries = {label: entries[label] for label in sorted(entries, key=natural)}
-    labels = [f"{name} ({seeds(counts[name])})" if name in counts else name for name in entries]
-    ours = [curve for panel in panels for curve in panel.curves.values()]
-    title = caption(args) + ", stratified by task" * any(len(curve.values) > 1 for curve in ours)
-    legend(figure, entries, labels, title)
-    save(figure, path)
-
-
-def legend(figure, entries: dict, labels: Iterable[str], title: str) -> None:
-    options = {"loc": "outside lower center", "frameon": False, "fontsize": 8, "title_fontsize": 9}
-    ncols = 1 + (len(entries) > 6)
-    figure.legend(entries.values(), labels, title=title, ncols=ncols, **options)
-
-
-def save(figure, path: Path) -> None:
-    figure.savefig(f"{path}.png", dpi=150)
-    figure.savefig(f"{path}.svg", metadata={"Date": None})
-    plt.close(figure)
-
-
-def caption(args) -> str:
-    statistic = args.statistic.upper().replace("MEAN", "Mean")
-    return f"{statistic} and {args.interval} % bootstrap interval over the seeds"
-
-
-def seeds(counts: set[int]) -> str:
-    ends = sorted({min(counts), max(counts)})
-    return f"{' to '.join(map(str, ends))} seed{'s' * (counts != {1})}"
-
-
-# Tables
+    save(figure, entries, options, path)
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2f}"
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def around(setting: str, curve: Curve, step: int) -> list[np.ndarray]:
-    """[seeds] of each environment: the means of the evaluations around a step, as the published
-    values are: see the top."""
-    least = (8400 if setting.startswith("sac") else 2000) * min(1, step / 20_000)
-    near = np.abs(np.array(curve.steps) - step) <= max(least, 0.05 * step)
-    return [values[:, near].mean(1) for values in curve.values]
+def score_table(panels: list[Panel], options) -> str:
+    """Markdown: each setting's mean around 20, 50 and 100 thousand steps and around its last step,
+    beside what is published. --seeds adds each seed in brackets."""
 
+    def cell(setting: str, curve: Curve | None, step: int) -> str:
+        if curve is None or step not in curve.steps:
+            return ""
+        values = around(setting, curve, step)
+        each = f" ({', '.join(map(number, values))})" if options.seeds else ""
+        return number(values.mean()) + each
 
-def score_table(panels: list[Panel], args) -> list[str]:
-    """Markdown: the scores around 20, 50 and 100 thousand steps, where there is an evaluation, and
-    around the last step."""
-    beside = (
-        "published; a range: 5 to 95 % of the means of 5 seeds drawn from 10 (rivals: all seeds)"
-    )
-    out = [f"| task | around step | setting | {caption(args)} | each seed | {beside} |"]
-    out.append("|---" * 6 + "|")
+    settings = dict.fromkeys(setting for panel in panels for setting in panel.curves)
+    theirs = dict.fromkeys(alg for panel in panels for alg, *_ in panel.published if alg)
+    means = argparse.Namespace(statistic="mean", n_seeds=options.n_seeds)
+    rows = [["task", "steps", *settings, *(f"published {alg}" for alg in theirs)]]
+    rows.append(["---"] * len(rows[0]))
     for panel in panels:
-        for setting, curve in panel.curves.items():
-            for step in sorted({20_000, 50_000, 100_000, *curve.steps[-1:]} & set(curve.steps)):
-                samples = around(setting, curve, step)
-                value, low, high = map(number, estimate(samples, args.statistic, args.interval))
-                each = ", ".join(map(number, samples[0])) if len(samples) == 1 else ""
-                beside = [(alg, at[step]) for alg, *_, at in panel.published if alg and step in at]
-                beside = [f"{alg} {' to '.join(map(number, v[1:] or v))}" for alg, v in beside]
-                score = value if low == "nan" else f"{value} [{low}, {high}]"
-                cells = panel.title, f"{step:,}", setting, score, each, ", ".join(beside)
-                out.append(f"| {' | '.join(cells)} |")
-    return out
-
-
-def threshold_table(panels: list[Panel]) -> list[str]:
-    """Markdown: the median steps to the returns of published/steps_to_threshold.csv, and how many
-    seeds got there."""
-
-    def cell(median: float, reached: int, n: int, last: int) -> str:
-        return f"{f'{median:,.0f}' if np.isfinite(median) else f'> {last:,}'} ({reached} of {n})"
-
-    table = defaultdict(dict)  # {(environment, return): {column: text}}
-    curves_of = {panel.title: panel.curves for panel in panels}
-    for row in read_table(HERE / "published" / "steps_to_threshold.csv"):
-        at = table[row["env"], int(row["threshold"])]
-        for setting, curve in curves_of.get(row["env"], {}).items():
-            first = steps_to(curve, int(row["threshold"]))
-            reached = np.isfinite(first).sum()
-            at[setting] = cell(np.median(first), reached, len(first), curve.steps[-1])
-        theirs = float(row["median_steps"]), row["n_reached"], row["n_seeds"]
-        at[f"published {row['alg']}"] = cell(*theirs, 1_000_000)
-    table = {key: at for key, at in table.items() if key[0] in curves_of}
-    columns = sorted({column for at in table.values() for column in at}, key=natural)
-    out = ["| task | return | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for (env, threshold), at in table.items():
-        cells = env, f"{threshold:,}", *(at.get(column, "") for column in columns)
-        out.append(f"| {' | '.join(cells)} |")
-    return out if table else []
+        ends = [curve.steps[-1] for curve in panel.curves.values()]
+        at = {alg: v for alg, *_, v in published([panel.title], max(ends), means, settings)}
+        for step in sorted({20_000, 50_000, 100_000, *ends}):
+            ours = [cell(setting, panel.curves.get(setting), step) for setting in settings]
+            beside = [at.get(alg, {}).get(step, ()) for alg in theirs]
+            beside = [" to ".join(map(number, values[1:] or values)) for values in beside]
+            rows += [[panel.title, f"{step:,}", *ours, *beside]] if any(ours) else []
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    source = parser.add_mutually_exclusive_group()
-    text = "default: benchmark/results"
-    source.add_argument("--results", type=Path, default=HERE / "results", help=text)
-    source.add_argument("--runs", type=Path, help="a folder of runs' folders")
-    text = "where the figures go; default: into the folder that is read"
-    parser.add_argument("--out", type=Path, help=text)
-    parser.add_argument("--statistic", choices=["iqm", "mean"], default="iqm")
-    text = "percent; default: 90"
-    parser.add_argument("--interval", type=int, choices=[70, 90, 95], default=90, help=text)
-    text = "all but steps: only with --runs"
-    parser.add_argument("--x", choices=AXES_OF, default="steps", help=text)
-    text = "a flag of the scripts, without --"
-    parser.add_argument("--over", metavar="FLAG", help=text)
-    args = parser.parse_args(argv)
-    if args.x != "steps" and not args.runs:
-        fail(f"--x {args.x} is not available: {args.results} has only evaluations; use --runs")
-    runs = load_runs(args.runs, AXES_OF[args.x]) if args.runs else load_results(args.results)
-    curves = curve_panels(runs, args.statistic)
-    aggregates, diagnostics = aggregate_panels(curves, args.statistic), diagnostic_panels(runs)
+    add = parser.add_argument
+    add("--results", type=Path, default=HERE / "results", help="default: benchmark/results")
+    add("--runs", type=Path, help="a folder of runs' folders, in place of --results")
+    add("--out", type=Path, help="of the figures; default: the folder that is read")
+    add("--statistic", choices=["iqm", "mean"], default="iqm", help="of the figures")
+    add("--interval", type=int, choices=[70, 90, 95], default=90, help="percent; default: 90")
+    add("--x", choices=["steps", "both"], default="steps", help="both: only with --runs")
+    add("--over", metavar="FLAG", help="a flag of the scripts, without --")
+    add("--seeds", action="store_true", help="print each seed's value in the table")
+    options = parser.parse_args(argv)
+    options.axes = ["steps"] if options.x == "steps" else ["updates", "hours"]
+    folder = options.runs or options.results
+    runs = load_runs(folder, options.axes) if options.runs else load_results(folder)
+    counts = [len(members) for settings in group(runs).values() for members in settings.values()]
+    options.n_seeds = 5 if max(counts, default=0) >= 5 else 3  # there are ranges for these two
+    curves = curve_panels(runs, options)
     if not curves:
-        fail(f"no evaluations in {args.runs or args.results}")
+        sys.exit(f"error: no evaluations in {folder}")
+    aggregates, diagnostics = aggregate_panels(curves, options), diagnostic_panels(runs)
     settings = dict.fromkeys(s for panel in curves + diagnostics for s in panel.curves)
     styles = {}
     for i, setting in enumerate(settings):
         styles[setting] = {"color": COLOURS[i % 6], "linestyle": LINES[i // 6 % 3]}
-    out = args.out or args.runs or args.results
+    out = options.out or folder
     out.mkdir(parents=True, exist_ok=True)
-    name = "efficiency" if args.x == "both" else "curves"
-    draw(curves, min(3, len(curves)), styles, args, out / name)
+    name = "efficiency" if options.x == "both" else "curves"
+    draw(curves, min(3, len(curves)), styles, options, out / name)
     if aggregates:
-        draw(aggregates, len(aggregates), styles, args, out / "aggregate")
+        draw(aggregates, len(aggregates), styles, options, out / "aggregate")
     if diagnostics:
-        draw(diagnostics, 2, styles, args, out / "panels")
-    if args.over:
-        draw_over(args.over.replace("_", "-"), runs, args, out / "over")
-    print("\n".join([*score_table(curves + aggregates, args), "", *threshold_table(curves)]))
+        draw(diagnostics, 2, styles, options, out / "panels")
+    if options.over:
+        draw_over(options.over.replace("_", "-"), runs, options, out / "over")
+    print(score_table(curves, options))
+    text = "Published CrossQ and SAC: nine of ten means over"
+    print(f"\nMeans over the seeds. {text} {options.n_seeds} of their ten seeds are in the range.")
 
 
 if __name__ == "__main__":

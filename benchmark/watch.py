@@ -7,12 +7,9 @@
     python benchmark/watch.py runs/NAME --program my_agent.py      # an Agent of your own
 
 It takes the runs of every program here and leaves them as they are. The policy is deterministic,
-and the resets are those of the run's evaluation at the checkpoint's step. A step of the
-environment lasts its `dt`, or else 1 / render_fps. A recording leaves pictures out to keep to
---fps, but its speed stays true.
-
-A recording needs no screen. On Linux MuJoCo draws it through EGL (apt-get install libegl1
-libgl1-mesa-dri) or, with MUJOCO_GL=osmesa, through OSMesa (apt-get install libosmesa6).
+and the resets are those of the run's evaluation at the checkpoint's step. A recording leaves
+pictures out to keep to --fps, but its speed stays true. It needs no screen: on Linux MuJoCo draws
+through EGL (apt-get install libegl1 libgl1-mesa-dri) or, with MUJOCO_GL=osmesa, through OSMesa.
 """
 
 import argparse
@@ -33,8 +30,6 @@ import numpy as np
 import probe
 import torch
 from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Window(gym.Wrapper):
@@ -89,26 +84,23 @@ class GifWriter:
         pictures = [Image.fromarray(picture) for picture in self.pictures]
         first, *rest = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
         # A GIF counts in 10 ms. The times are rounded, not the delays, so no error adds up.
-        times = [10 * round(100 * self.seconds * k) for k in range(n + 1)]
-        delays = np.diff(times).tolist()
+        delays = np.diff([10 * round(100 * self.seconds * k) for k in range(n + 1)]).tolist()
         first.save(self.path, save_all=True, append_images=rest, duration=delays, loop=0)
 
 
 def part_finder(run, own_program=None):
-    """A function that gives the Args, Agent, make_env or evaluate of the program that made a run.
-
-    The program is the last script in the run's command, or own_program. Parts that it does not
-    define are those of the scripts that its Agent comes from."""
+    """A function that gives Args, Agent, make_env or evaluate of the program that made a run, which
+    is the last script in the run's command. What it does not define is its Agent's parents'."""
     command = json.loads((run / "args.json").read_text())["command"]
     names = [Path(word).stem for word in command if word.endswith(".py")]
-    files = [*ROOT.glob("*.py"), *ROOT.glob("benchmark/algorithms/*.py")]
-    programs = {file.stem: file for file in files}
+    here = Path(__file__).resolve().parent
+    programs = {p.stem: p for p in [*here.parent.glob("*.py"), *here.glob("algorithms/*.py")]}
     if not (own_program or names and names[-1] in programs):
         sys.exit(f"error: {run} was made by {' '.join(command)[:100]}: give --program FILE")
     program = probe.load(own_program or programs[names[-1]])
     parts = vars(program) | (ablate.ablate(program) if "ablate" in names else {})
-    modules = [vars(sys.modules[cls.__module__]) for cls in parts["Agent"].__mro__]
-    return lambda name: next(scope[name] for scope in [parts, *modules] if name in scope)
+    scopes = [parts, *(vars(sys.modules[cls.__module__]) for cls in parts["Agent"].__mro__)]
+    return lambda name: next(scope[name] for scope in scopes if name in scope)
 
 
 def drawn(env_id, mode):
@@ -132,21 +124,20 @@ def play(options):
     env = part("make_env")(args)
     agent = part("Agent")(*env.observation_space.shape, *env.action_space.shape, args)
     agent.load_state_dict(checkpoint["agent"])
+    writers = []
     if recording or options.window:
         # MuJoCo's render_fps is rounded, and DeepMind Control's is wrong, so dt comes first.
         seconds = getattr(env.unwrapped, "dt", None) or 1 / env.metadata["render_fps"]
         n = math.ceil(round(1 / (seconds * options.fps), 6))  # one step of n is recorded
         how = {"format": "FFMPEG", "fps": 1 / (n * seconds), "macro_block_size": 2}
-        writers = [imageio.get_writer(options.mp4, **how)] if options.mp4 else []
+        writers += [imageio.get_writer(options.mp4, **how)] if options.mp4 else []
         writers += [GifWriter(options.gif, n * seconds)] if options.gif else []
-        camera = Camera(env.env, n, options.width, writers)
+        camera = Camera(env.env, n, options.width, writers)  # inside: it sees repeated steps too
         env.env = camera if recording else Window(env.env, seconds)
     rows = part("evaluate")(agent, env, checkpoint["progress"][0])
     env.close()
-    if recording:
-        for writer in writers:
-            writer.close()
-        print(f"{math.ceil(camera.steps / n)} pictures, {camera.steps * seconds:.1f} s")
+    for writer in writers:
+        writer.close()
     return rows
 
 
@@ -159,8 +150,7 @@ def main(argv=None):
     add("--window", action="store_true", help="show it on the screen")
     add("--mp4", type=Path, metavar="FILE", help="record")
     add("--gif", type=Path, metavar="FILE", help="record")
-    # Browsers show no GIF faster than 50.
-    add("--fps", type=int, choices=range(1, 51), metavar="1..50", default=30, help="at most")
+    add("--fps", type=int, default=30, help="of a recording, at most; default: 30 (GIF: up to 50)")
     add("--width", type=int, help="of a recording, in pixels; default: as it is drawn")
     add("--program", type=Path, metavar="FILE", help="what made the run, if it is not found")
     options = parser.parse_args(argv)
@@ -168,13 +158,11 @@ def main(argv=None):
         os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported
     warnings.filterwarnings("ignore", ".*out of date")  # the papers use the -v4 environments
     sys.path.append(os.getcwd())  # for my_module:MyEnv-v0
-    rows = play(options)
-    for _, episode, total, length, success in rows:
+    _, episodes, returns, lengths, successes = zip(*play(options))
+    for episode, total, length in zip(episodes, returns, lengths):
         print(f"episode {episode}: return {total:.1f}, {length} steps")
-    returns = [row[2] for row in rows]
-    successes = [row[4] for row in rows if row[4] != ""]
-    success = f", success rate {np.mean(successes):.2f}" if successes else ""
-    print(f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}{success}")
+    rate = "" if "" in successes else f", success rate {np.float64(successes).mean():.2f}"
+    print(f"mean {np.mean(returns):.1f}, std {np.std(returns):.1f}{rate}")
 
 
 if __name__ == "__main__":

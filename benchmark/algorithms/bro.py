@@ -20,10 +20,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW
 from tyro.conf import Fixed, Suppress
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path += [str(Path(__file__).resolve().parents[k]) for k in (0, 2)]
+import sr_sac  # noqa: E402
+
 import sac_baseline  # noqa: E402
 from sac_baseline import descend  # noqa: E402
 
@@ -81,6 +83,14 @@ class BroNet(nn.Module):
         return self.last(x)
 
 
+class Actor(BroNet):
+    """Mean and log std [B, 2A], the latter brought between its bounds by tanh."""
+
+    def forward(self, obs):
+        mean, log_std = super().forward(obs).chunk(2, -1)
+        return torch.cat([mean, between(LOG_STD_MIN, LOG_STD_MAX, log_std)], -1)
+
+
 class Critics(nn.ModuleList):
     """The quantiles of the return: [B, O], [B, A] -> [n_critics, B, K]."""
 
@@ -125,7 +135,7 @@ class Agent(sac_baseline.Agent):
         sizes = n_in, args.critic_width, 2, args.n_quantiles
         self.critic = Critics(BroNet(*sizes) for _ in range(args.n_critics))
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.actor = BroNet(obs_dim, width, 1, 2 * action_dim)
+        self.actor = Actor(obs_dim, width, 1, 2 * action_dim)
         self.actor.last.weight.data[action_dim:] /= 2**0.5  # the log stds' gain is 1
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         slow = {"betas": (args.adam_beta1, 0.999), "weight_decay": args.weight_decay, "fused": True}
@@ -137,19 +147,6 @@ class Agent(sac_baseline.Agent):
         self.dual_optimizer = Adam([self.optimism, self.kl_weight], args.dual_lr, **quick)
         if args.compile:
             self.explorer_loss = sac_baseline.compiled(self.explorer_loss)
-
-    def gaussian(self, obs):
-        """Of the action before tanh: mean and log std [B, A]."""
-        mean, log_std = self.actor(obs).chunk(2, -1)
-        return mean, between(LOG_STD_MIN, LOG_STD_MAX, log_std)
-
-    def policy(self, obs, noise):
-        """A tanh-squashed Gaussian: obs [B, O], noise [B, A] -> action [B, A], log-prob [B]."""
-        mean, log_std = self.gaussian(obs)
-        u = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
-        return u.tanh(), log_prob.sum(-1)
 
     def critic_loss(self, batch, noise):
         """The quantile Huber loss against the shifted and shrunk quantiles of s'."""
@@ -168,14 +165,14 @@ class Agent(sac_baseline.Agent):
         return self.critic(obs, action).mean((0, -1))
 
     def actor_loss(self, obs, noise):
-        """The soft value Q - alpha * log-prob, negated, and the policy's entropy."""
+        """Minus the soft value, Q - alpha * log-prob; and the policy's entropy."""
         action, log_prob = self.policy(obs, noise)
         q = self.actor_q(obs, action)
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.mean()
 
     def explore(self, obs, noise):
         """The exploring policy: action [B, A], and its KL divergence from the actor [B]."""
-        mean, log_std = (x.detach() for x in self.gaussian(obs))
+        mean, log_std = self.actor(obs).detach().chunk(2, -1)
         std = log_std.exp()
         shift = self.explorer(obs, mean)
         kl = (shift / std).square().sum(-1) / 2  # of Gaussians of the same standard deviation
@@ -186,8 +183,8 @@ class Agent(sac_baseline.Agent):
         return [between(DUAL_MIN, DUAL_MAX, x).exp() for x in (self.optimism, self.kl_weight)]
 
     def explorer_loss(self, obs, noise):
-        """An upper bound of Q, the critics' mean plus their disagreement, negated. Also the KL
-        divergence per action dimension."""
+        """Minus an upper bound of Q, the critics' mean plus their disagreement, with a penalty on
+        the KL divergence; and that divergence per action dimension."""
         action, kl = self.explore(obs, noise)
         q = self.critic(obs, action)  # [n_critics, B, K]
         spread = (q.amax(0) - q.amin(0)) / 2
@@ -201,11 +198,11 @@ class Agent(sac_baseline.Agent):
         # The agent step that this update belongs to, counted from 1.
         agent_step = args.learning_starts + self.n_updates // args.utd + 1
         if self.n_updates % args.utd == 0 and agent_step in (RESETS[:1] if args.fast else RESETS):
-            self.reset()
+            sr_sac.reset(self)
         info = super().update(batch, rng)
         if self.n_updates % args.policy_delay == 0:  # with the actor
             noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
-            self.critic.requires_grad_(False)
+            self.critic.requires_grad_(False)  # skip its gradients
             explorer_loss, kl = self.explorer_loss(batch[0], noise)
             self.critic.requires_grad_(True)
             descend(self.explorer_optimizer, explorer_loss)
@@ -215,15 +212,6 @@ class Agent(sac_baseline.Agent):
             info |= {"losses/explorer": explorer_loss, "diagnostics/kl": kl}
             info |= {"diagnostics/optimism": optimism, "diagnostics/kl_weight": kl_weight}
         return info
-
-    def reset(self):
-        """Take the state of a fresh agent. The seed lets a resumed run draw the same weights."""
-        torch.manual_seed(sac_baseline.reset_seed(self.args.seed, self.n_updates))
-        fresh = type(self)(self.obs_dim, self.action_dim, self.args)
-        self.load_state_dict(fresh.state_dict())
-        for name, optimizer in vars(fresh).items():
-            if isinstance(optimizer, Optimizer):
-                getattr(self, name).load_state_dict(optimizer.state_dict())
 
     @torch.inference_mode()
     def act(self, obs, rng=None):

@@ -23,9 +23,10 @@ from torch import nn
 from torch.optim import Adam
 from tyro.conf import Fixed, Suppress
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path += [str(Path(__file__).resolve().parents[k]) for k in (0, 2)]
+import redq  # noqa: E402
+
 import sac_baseline  # noqa: E402
-from sac_baseline import descend  # noqa: E402
 
 
 @dataclass
@@ -61,7 +62,9 @@ class DropoutMLP(nn.Module):
         return x @ self.weights[2] + self.biases[2]
 
 
-class Agent(sac_baseline.Agent):
+class Agent(redq.Agent):
+    """Updated as REDQ's, with other losses and other random numbers."""
+
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
         self.critic = DropoutMLP(self.critic, args)
@@ -95,29 +98,11 @@ class Agent(sac_baseline.Agent):
         return self.critic(obs, action, uniform).squeeze(-1).mean(0)
 
     def actor_loss(self, obs, draws):
-        """The soft value Q - alpha * log-prob, negated, and the policy's entropy."""
+        """Minus the soft value, Q - alpha * log-prob; and the policy's entropy."""
         noise, uniform, _ = draws
         action, log_prob = self.policy(obs, noise)
         q = self.actor_q(obs, action, uniform)
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.mean()
-
-    def update(self, batch, rng):
-        """SAC's, with the draws above in place of the noise."""
-        critic_loss, q_mean = self.critic_loss(batch, self.draw(batch, rng))
-        descend(self.critic_optimizer, critic_loss)
-        self.move_target()
-        info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
-        self.n_updates += 1
-        if self.n_updates % self.args.policy_delay == 0:
-            self.critic.requires_grad_(False)
-            actor_loss, entropy = self.actor_loss(batch[0], self.draw(batch, rng))
-            self.critic.requires_grad_(True)
-            descend(self.actor_optimizer, actor_loss)
-            alpha = self.log_alpha.exp()
-            descend(self.alpha_optimizer, alpha * (entropy.detach() - self.target_entropy))
-            info |= {"losses/actor": actor_loss, "diagnostics/entropy": entropy}
-            info |= {"diagnostics/alpha": alpha}
-        return info
 
 
 def main(argv=None, **parts):

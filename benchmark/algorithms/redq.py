@@ -59,7 +59,7 @@ class Agent(sac_baseline.Agent):
         return self.critic(obs, action).squeeze(-1).mean(0)
 
     def actor_loss(self, obs, draws):
-        """The soft value Q - alpha * log-prob, negated, and the policy's entropy."""
+        """Minus the soft value, Q - alpha * log-prob; and the policy's entropy."""
         _, noise = draws
         action, log_prob = self.policy(obs, noise)
         q = self.actor_q(obs, action)
@@ -73,7 +73,7 @@ class Agent(sac_baseline.Agent):
         info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
-            self.critic.requires_grad_(False)
+            self.critic.requires_grad_(False)  # skip its gradients
             actor_loss, entropy = self.actor_loss(batch[0], self.draw(batch, rng))
             self.critic.requires_grad_(True)
             descend(self.actor_optimizer, actor_loss)

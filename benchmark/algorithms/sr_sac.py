@@ -47,17 +47,19 @@ class Agent(sac_baseline.Agent):
         """SAC's update, and after every reset_every-th one a reset."""
         info = super().update(batch, rng)
         if self.n_updates % self.args.reset_every == 0:
-            self.reset()
+            reset(self)
         return info
 
-    def reset(self):
-        """Take the state of a fresh agent. The seed lets a resumed run draw the same weights."""
-        torch.manual_seed(sac_baseline.reset_seed(self.args.seed, self.n_updates))
-        fresh = type(self)(self.obs_dim, self.action_dim, self.args)
-        self.load_state_dict(fresh.state_dict())
-        for name, optimizer in vars(fresh).items():
-            if isinstance(optimizer, Optimizer):
-                getattr(self, name).load_state_dict(optimizer.state_dict())
+
+def reset(agent):
+    """Networks, temperature and optimisers take the state of a fresh agent's. The seed lets a
+    resumed run draw the same weights."""
+    torch.manual_seed(sac_baseline.reset_seed(agent.args.seed, agent.n_updates))
+    fresh = type(agent)(agent.obs_dim, agent.action_dim, agent.args)
+    agent.load_state_dict(fresh.state_dict())
+    for name, optimizer in vars(fresh).items():
+        if isinstance(optimizer, Optimizer):
+            getattr(agent, name).load_state_dict(optimizer.state_dict())
 
 
 def main(argv=None, **parts):

@@ -84,7 +84,7 @@ class Agent(crossq_td3.Agent):
         return self.critic(obs, action)[0].squeeze(-1)
 
     def actor_loss(self, obs):
-        """The Q-value of the actor's actions, negated."""
+        """Minus the Q-value of the actor's actions."""
         return -self.actor_q(obs, self.policy(obs)).mean()
 
     def update(self, batch, rng):
