@@ -343,19 +343,19 @@ def evaluate(agent, env, step):
 
 
 def save(folder, agent, buffer, rng, progress):
-    """Writes aside, then renames: a kill leaves a whole checkpoint, old or new."""
-    check_finite(progress[0], **agent.state_dict())
-    optimizers = {k: v for k, v in vars(agent).items() if isinstance(v, Optimizer)}
+    """A kill leaves a whole checkpoint, old or new."""
+    optimizers = {k: v.state_dict() for k, v in vars(agent).items() if isinstance(v, Optimizer)}
     checkpoint = {
         "args": asdict(agent.args),
         "agent": agent.state_dict(),
         "n_updates": agent.n_updates,
-        "optimizers": {k: v.state_dict()["state"] for k, v in optimizers.items()},
+        "optimizers": optimizers,
         "rows": buffer.rows[: buffer.added].cpu().clone(),  # a view would save all rows
         "buffer": {k: v for k, v in vars(buffer).items() if k != "rows"},
         "rng": rng.get_state(),
         "progress": progress,
     }
+    check_finite(progress[0], rows=checkpoint["rows"], **checkpoint["agent"])
     torch.save(checkpoint, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
 
@@ -364,8 +364,8 @@ def load(checkpoint, agent, buffer, rng):
     """The reverse of save; returns the progress."""
     agent.load_state_dict(checkpoint["agent"])
     for name, state in checkpoint["optimizers"].items():
-        optimizer = getattr(agent, name)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # rates: from args
+        optimizer = getattr(agent, name)  # its rates are those of args
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
     agent.n_updates = checkpoint["n_updates"]
     buffer.rows[: len(checkpoint["rows"])] = checkpoint["rows"]
     vars(buffer).update(checkpoint["buffer"])

@@ -2,20 +2,17 @@
 
     python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --critic-width 256
     python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 13
-    python benchmark/ablate.py sac_baseline.py --tau 1 --activation tanh              # figure 16
     python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
     python benchmark/ablate.py --probe crossq_sac.py --critic-norm none               # and probe.py
-    python benchmark/ablate.py crossq_sac.py --resume runs/NAME
 
-What follows the script's name is the script's own command line with more flags, which are stored in
-the run as its own are. A run is named after this program and the script.
+What follows the script's name is its own command line with more flags.
 """
 
 import copy
 import math
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +25,6 @@ from torch.optim import Adam, AdamW
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import crossq_sac  # noqa: E402
-import crossq_td3  # noqa: E402
 import crossq_wn_highutd  # noqa: E402
 import sac_baseline  # noqa: E402
 
@@ -42,124 +38,61 @@ ACTIVATIONS = {  # the eight of figure 16
     "relu-over-max": lambda x: F.relu(x) / (F.relu(x).amax((-2, -1), keepdim=True) + 1e-6),
     "layernormed-relu": lambda x: F.layer_norm(F.relu(x), x.shape[-1:]),
 }
-BITS = {"float32": 24, "tf32": 11, "bfloat16": 8}  # of the significand, with the implicit first one
 Norm = Literal["brn", "bn", "ln", "none"]
 
 
-class Named:
-    """Puts the script into a run's default name: ENV__ablate_SCRIPT__SEED__TIME."""
-
-    def __post_init__(self):
-        script = type(self).__bases__[0].__module__
-        name = f"{self.env_id}__ablate_{script}__{self.seed}__{time.time():.3f}"
-        self.run_name = self.run_name or name.replace("/", "_").replace(":", "_")
-
-
-# ------------------------------ networks: every script but crossq_wn_highutd.py
-
-
 @dataclass
-class NetworkFlags(Named):
+class NetworkArgs:
     critic_norm: Norm = "brn"  # ln: layer norm before the activations (figures 9, 10, 13)
     actor_norm: Norm = "brn"  # the same for the actor
     activation: Literal[tuple(ACTIVATIONS)] = "relu"  # of the critic (figure 16)
     bn_momentum: float = 0.99  # share of the running statistics that stays (PyTorch: 1 - this)
-    products: Literal[tuple(BITS)] = "float32"  # factors are rounded to this; it is not faster
 
 
 class AblatedMLP(nn.Module):
-    """A script's MLP, with its weights, but other norms, another activation, rounded products."""
+    """A script's MLP, with its weights but other norms and another activation."""
 
     def __init__(self, mlp, args, norm, activation="relu"):
         super().__init__()
-        if activation == "glu" and args.critic_width % 2:
-            sys.exit(f"error: --activation glu halves --critic-width {args.critic_width}")
-        self.bf16, self.bits = args.bf16, BITS[args.products]
-        self.layer_norm = norm == "ln"
-        self.activation = ACTIVATIONS[activation]
-        self.weights, self.biases = mlp.weights, mlp.biases
+        self.args, self.norm, self.activation = args, norm, ACTIVATIONS[activation]
         if activation == "glu":  # half the inputs: LeCun's normal is wider by root 2
             for k in (1, 2):
-                weight = self.weights[k].detach()
-                self.weights[k] = nn.Parameter(weight[..., : weight.shape[-2] // 2, :] * 2**0.5)
-        self.norms = nn.ModuleList()
-        for weight in self.weights:
-            layer = nn.Identity()
-            if norm in ("brn", "bn"):
-                shape = (*weight.shape[:-2], 1, weight.shape[-2])
-                layer = crossq_sac.BatchRenorm(shape, args.brn_warmup if norm == "brn" else math.inf)
-                layer.momentum = args.bn_momentum
-            self.norms.append(layer)
+                half = mlp.weights[k].detach()[..., : args.critic_width // 2, :]
+                mlp.weights[k] = nn.Parameter(half * 2**0.5)
+        self.norms = nn.ModuleList(self.make_norm(weight) for weight in mlp.weights)
+        self.weights, self.biases = mlp.weights, mlp.biases
 
-    def dense(self, k, x):
-        x, w = self.norms[k](x), self.weights[k]
-        product = x @ w if self.bits == 24 else RoundedProduct.apply(x, w, self.bits)
-        return product + self.biases[k]
-
-    def activate(self, x):
-        return self.activation(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
+    def make_norm(self, weight):
+        if self.norm in ("ln", "none"):
+            return nn.Identity()
+        warmup = self.args.brn_warmup if self.norm == "brn" else math.inf
+        norm = crossq_sac.BatchRenorm((*weight.shape[:-2], 1, weight.shape[-2]), warmup)
+        norm.momentum = self.args.bn_momentum
+        return norm
 
     def forward(self, *inputs):
-        x = self.dense(0, torch.cat(inputs, -1))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.dense(1, self.activate(x))
-        return self.dense(2, self.activate(x))
+        x = torch.cat(inputs, -1)
+        for k, (w, bias) in enumerate(zip(self.weights, self.biases)):
+            if k > 0:
+                x = F.layer_norm(x, x.shape[-1:]) if self.norm == "ln" else x
+                x = self.activation(x)
+            x = self.norms[k](x)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.args.bf16 and k == 1):
+                x = x @ w + bias
+        return x
 
 
-class RoundedProduct(torch.autograd.Function):
-    """x @ w, and the two products of its gradient, of rounded factors, summed in float32. It shows
-    what products in bfloat16 (AMX processors) or TF32 (GPUs) do to learning."""
-
-    @staticmethod
-    def forward(ctx, x, w, bits):
-        x, w = rounded(x, bits), rounded(w, bits)
-        ctx.save_for_backward(x, w)
-        ctx.bits = bits
-        return x @ w
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, w = ctx.saved_tensors
-        gradient = rounded(gradient, ctx.bits)
-        return gradient @ w.mT, x.mT @ gradient, None
-
-
-def rounded(x, bits):
-    """x to the nearest with so many bits of significand, ties to even, still float32. It works on
-    the bit pattern, because compilers undo the shorter ways: they drop two casts, and they fuse
-    Veltkamp's product and difference."""
-    dropped = 24 - bits
-    pattern = x.view(torch.int32)
-    pattern = pattern + (1 << dropped - 1) - 1 + (pattern >> dropped & 1)
-    return (pattern >> dropped << dropped).view(torch.float32)
-
-
-class Networks:
-    """Mixed into a script's Agent: ablated networks, and optimisers of their parameters."""
-
-    def __init__(self, obs_dim, action_dim, args):
-        super().__init__(obs_dim, action_dim, args)
-        self.critic = AblatedMLP(self.critic, args, args.critic_norm, args.activation)
-        self.actor = AblatedMLP(self.actor, args, args.actor_norm)
-        betas = (args.adam_beta1, 0.999)
-        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, betas, fused=True)
-        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr, betas, fused=True)
+def ablate_networks(agent):
+    args = agent.args
+    agent.critic = AblatedMLP(agent.critic, args, args.critic_norm, args.activation)
+    agent.actor = AblatedMLP(agent.actor, args, args.actor_norm)
+    betas = (args.adam_beta1, 0.999)
+    agent.critic_optimizer = Adam(agent.critic.parameters(), args.critic_lr, betas, fused=True)
+    agent.actor_optimizer = Adam(agent.actor.parameters(), args.actor_lr, betas, fused=True)
 
 
 @dataclass
-class TD3Args(crossq_td3.Args, NetworkFlags):
-    pass
-
-
-class TD3(Networks, crossq_td3.Agent):
-    pass
-
-
-# ------------------------------ crossq_sac.py: targets, gradients, temperature, replay
-
-
-@dataclass
-class CrossQArgs(crossq_sac.Args, NetworkFlags):
+class CrossQArgs(crossq_sac.Args, NetworkArgs):
     bootstrap_at_termination: bool = False  # bootstrap at terminations too, not only at truncations
     q_aggregation: Literal["min", "mean"] = "min"  # over the critics, for target and actor (RLinf)
     entropy_in_target: bool = True  # RLinf's backup_entropy
@@ -168,52 +101,52 @@ class CrossQArgs(crossq_sac.Args, NetworkFlags):
     replay: Literal["uniform", "prioritized"] = "uniform"  # proportional (Schaul et al. 2016)
 
 
-class CrossQ(Networks, crossq_sac.Agent):
+class CrossQ(crossq_sac.Agent):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
+        ablate_networks(self)
         if args.temperature == "softplus":
+            alpha = args.alpha  # log(exp(alpha) - 1) is learnt, in a form that cannot overflow
+            nn.init.constant_(self.log_alpha, alpha + math.log(-math.expm1(-alpha)))
+            self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr, fused=True)
             register_parametrization(self, "log_alpha", LogSoftplus())
-            learnt = self.parametrizations.log_alpha.original
-            self.alpha_optimizer = Adam([learnt], args.alpha_lr, fused=True)
         if args.max_grad_norm:
             for optimizer in (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer):
                 optimizer.register_step_pre_hook(self.cut_gradients)
 
     def cut_gradients(self, optimizer, *_):
-        parameters = optimizer.param_groups[0]["params"]
-        nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.args.max_grad_norm)
 
-    def aggregate(self, q):
-        """Over the critics: [n_critics, B] -> [B]."""
+    def aggregate(self, q):  # over the critics: [n_critics, B] -> [B]
         return q.mean(0) if self.args.q_aggregation == "mean" else q.min(0).values
 
     def actor_q(self, obs, action):
-        """What the actor maximises, [B]. probe.py measures its bias."""
+        """What the actor maximises [B]. probe.py measures its bias."""
         return self.aggregate(self.critic(obs, action).squeeze(-1))
 
     def critic_loss(self, batch, noise):
         """A prioritised batch has the transitions' weights [B] as its sixth part."""
         obs, action, reward, terminated, next_obs, *weight = batch
+        if self.args.bootstrap_at_termination:
+            terminated = torch.zeros_like(terminated)
         self.actor.eval()
         with torch.no_grad():
             next_action, next_log_prob = self.policy(next_obs, noise)
 
         self.critic.train()
-        both_obs = torch.cat([obs, next_obs])
-        both_actions = torch.cat([action, next_action])
-        q, next_q = self.critic(both_obs, both_actions).squeeze(-1).chunk(2, 1)
+        both_obs = torch.cat([obs, next_obs])  # [2B, O]
+        both_actions = torch.cat([action, next_action])  # [2B, A]
+        q, next_q = self.critic(both_obs, both_actions).squeeze(-1).chunk(2, 1)  # [n_critics, B]
 
         next_value = self.aggregate(next_q)
         if self.args.entropy_in_target:
             next_value = next_value - self.log_alpha.exp() * next_log_prob
-        if self.args.bootstrap_at_termination:
-            terminated = torch.zeros_like(terminated)
         target = (reward + self.args.gamma * (1 - terminated) * next_value).detach()
-        error = (q - target).square()
+        square = (q - target).square()
         if weight:
-            self.error = error.detach().sqrt().mean(0)  # [B], the new priorities
-            error = weight[0] * error
-        return 0.5 * error.mean(1).sum(), q.mean()
+            self.error = square.detach().sqrt().mean(0)  # [B], for the priorities
+            square = weight[0] * square
+        return 0.5 * square.mean(1).sum(), q.mean()
 
     def actor_loss(self, obs, noise):
         self.actor.train()
@@ -223,37 +156,30 @@ class CrossQ(Networks, crossq_sac.Agent):
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.mean()
 
     def update(self, batch, rng):
-        """Prioritised: weights by importance before the update, priorities after it."""
         if self.args.replay == "uniform":
             return super().update(batch, rng)
-        *batch, probability, index, buffer = batch
-        beta = 0.4 + 0.6 * min(1.0, self.n_updates / updates_of_run(self.args))
-        weight = (min(buffer.added, len(buffer.rows)) * probability) ** -beta
+        *batch, priority, index, buffer = batch
+        # Weights by importance. A probability's other factors cancel out.
+        weight = priority ** -(0.4 + 0.6 * progress(self.args, self.n_updates))
         info = super().update((*batch, weight / weight.max()), rng)
         buffer.prioritize(index, self.error)
         return info
 
 
-def updates_of_run(args):
-    """The critic's updates in a whole run."""
-    return (math.ceil(args.total_timesteps / args.action_repeat) - args.learning_starts) * args.utd
+def progress(args, steps):
+    """These steps of an optimiser over the critic's updates in the whole run, at most 1."""
+    agent_steps = math.ceil(args.total_timesteps / args.action_repeat) - args.learning_starts
+    return min(1.0, steps / (agent_steps * args.utd))
 
 
 class LogSoftplus(nn.Module):
-    """The logarithm of a temperature that is the softplus of what is learnt."""
-
     def forward(self, learnt):
         return F.softplus(learnt).log()
-
-    def right_inverse(self, log_alpha):
-        """log(exp(alpha) - 1), in a form that cannot overflow."""
-        alpha = log_alpha.exp()
-        return alpha + (-torch.expm1(-alpha)).log()
 
 
 class PrioritizedReplay(crossq_sac.ReplayBuffer):
     """A row has one column more, its priority: (error + 1e-6) ** 0.6. A new row has the largest
-    priority so far. A batch has more parts too: probabilities [n], rows [n] and this buffer."""
+    priority so far. A batch has more parts too: priorities [n], rows [n] and this buffer."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
@@ -265,13 +191,11 @@ class PrioritizedReplay(crossq_sac.ReplayBuffer):
         super().add(obs, action, reward, terminated, [*next_obs, self.largest])
 
     def sample(self, n, rng):
-        size = min(self.added, len(self.rows))
-        ends = self.rows[:size, -1].double().cumsum(0)
-        places = torch.rand(n, generator=rng, device=rng.device, dtype=torch.float64) * ends[-1]
-        index = torch.searchsorted(ends, places, right=True).clamp(max=size - 1)
-        obs, action, reward, terminated, next_obs, priority = self.rows[index].split(self.widths, -1)
-        transitions = obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs
-        return *transitions, (priority.squeeze(-1) / ends[-1]).float(), index, self
+        priorities = self.rows[: self.added, -1].double()
+        index = torch.multinomial(priorities, n, replacement=True, generator=rng)
+        obs, action, *scalars, next_obs, priority = self.rows[index].split(self.widths, -1)
+        reward, terminated, priority = (x.squeeze(-1) for x in (*scalars, priority))
+        return obs, action, reward, terminated, next_obs, priority, index, self
 
     def prioritize(self, index, error):
         priority = (error + 1e-6) ** 0.6
@@ -280,28 +204,24 @@ class PrioritizedReplay(crossq_sac.ReplayBuffer):
 
 
 def replay_buffer(obs_dim, action_dim, args):
-    prioritized = args.replay == "prioritized"
-    return (PrioritizedReplay if prioritized else crossq_sac.ReplayBuffer)(obs_dim, action_dim, args)
-
-
-# ------------------------------ sac_baseline.py: norms, and what they mean for target networks
+    Buffer = PrioritizedReplay if args.replay == "prioritized" else crossq_sac.ReplayBuffer
+    return Buffer(obs_dim, action_dim, args)
 
 
 @dataclass
-class SACArgs(sac_baseline.Args, NetworkFlags):
+class SACArgs(sac_baseline.Args, NetworkArgs):
     critic_norm: Norm = "none"  # ln: layer norm before the activations (figures 9, 10, 13)
     actor_norm: Norm = "none"  # the same for the actor
     brn_warmup: int = 100_000  # training forwards of plain batch norm before batch renorm
-    target_stats: Literal["own", "live"] = "own"  # of a target network: averaged, or the critic's
+    target_stats: Literal["own", "live"] = "own"  # of the target's brn or bn; live: the critic's
 
 
-class SAC(Networks, sac_baseline.Agent):
-    """SAC has no modes, which norms need, and moves no running statistics of its targets."""
+class SAC(sac_baseline.Agent):
+    """The baseline has no norms and so no modes, which are added here."""
 
     def __init__(self, obs_dim, action_dim, args):
-        if args.target_stats == "live" and args.critic_norm not in ("brn", "bn"):
-            sys.exit("error: --target-stats live needs --critic-norm brn or bn")
         super().__init__(obs_dim, action_dim, args)
+        ablate_networks(self)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False).eval()
 
     def critic_loss(self, batch, noise):
@@ -327,88 +247,61 @@ class SAC(Networks, sac_baseline.Agent):
         return super().act(obs, rng)
 
 
-# ------------------------------ crossq_wn_highutd.py: weight norm, weight decay, rates
-
-
 @dataclass
-class WeightNormArgs(crossq_wn_highutd.Args, Named):
+class WeightNormArgs(crossq_wn_highutd.Args):
     # "soft" is weight decay of the hidden layers in place of their projection (figure 5); "output"
     # projects the output layer's weights too, but not its bias (the authors' later code).
     weight_norm: Literal["project", "soft", "none", "output"] = "project"
     decay_norms: bool = False  # weight decay of batch norm's scale and bias too (later code)
-    # Share of the rates that is left after a linear decay over as many steps of each optimiser as
-    # the run has critic updates (later code: 0.1). Actor and temperature take fewer steps.
-    lr_end: float = 1.0
-
-
-class Unprojected(crossq_wn_highutd.MLP):
-    def project(self):
-        pass
-
-
-class OutputProjected(crossq_wn_highutd.MLP):
-    @torch.no_grad()
-    def project(self):
-        super().project()
-        self.weights[2] /= self.weights[2].square().sum(-2, keepdim=True).sqrt()
-
-
-MLPS = {"project": crossq_wn_highutd.MLP, "output": OutputProjected}
+    lr_end: float = 1.0  # share of the rates at the end of a linear decay (later code: 0.1)
 
 
 class WeightNorm(crossq_wn_highutd.Agent):
     def __init__(self, obs_dim, action_dim, args):
-        with torch.random.fork_rng([]):  # the weights below are drawn from the same numbers
-            super().__init__(obs_dim, action_dim, args)
-        MLP = MLPS.get(args.weight_norm, Unprojected)
-        sizes = obs_dim + action_dim, args.critic_width, 1, args, (args.n_critics,)
-        self.critic = MLP(*sizes)
-        self.target_critic = MLP(*sizes).requires_grad_(False)
+        super().__init__(obs_dim, action_dim, args)
+        for net in (self.critic, self.actor):
+            net.project = partial(project, net, args.weight_norm)  # after each update
+            if args.weight_norm == "output":
+                net.project()
         self.target_critic.load_state_dict(self.critic.state_dict())
-        for norm in self.target_critic.norms:
-            norm.track_running_stats = False
-        self.actor = MLP(obs_dim, args.actor_width, 2 * action_dim, args)
-        self.critic_optimizer = self.make_optimizer(self.critic, args.critic_lr)
-        self.actor_optimizer = self.make_optimizer(self.actor, args.actor_lr)
 
     def make_optimizer(self, net, lr):
-        hidden = [*net.weights[:2], *net.biases[:2]]
-        output = [net.weights[2], net.biases[2]]
-        decays = {"soft": self.args.weight_norm == "soft", "norms": self.args.decay_norms}
-        decay = self.args.weight_decay
-        groups = [
-            {"params": output, "weight_decay": decay},
-            {"params": hidden, "weight_decay": decay * decays["soft"]},
-            {"params": [*net.norms.parameters()], "weight_decay": decay * decays["norms"]},
-        ]
+        args, groups = self.args, []
+        for parameters, decays in (
+            ([net.weights[2], net.biases[2]], True),
+            ([*net.weights[:2], *net.biases[:2]], args.weight_norm == "soft"),
+            (net.norms.parameters(), args.decay_norms),
+        ):
+            groups.append({"params": parameters, "weight_decay": args.weight_decay * decays})
         return AdamW(groups, lr, fused=True)
 
     def update(self, batch, rng):
-        args, updates = self.args, updates_of_run(self.args)
-        actor_steps = self.n_updates // args.policy_delay
+        """The rates fall with each optimiser's own steps. Actor and temperature take fewer."""
+        args, n = self.args, self.n_updates
         for optimizer, lr, steps in (
-            (self.critic_optimizer, args.critic_lr, self.n_updates),
-            (self.actor_optimizer, args.actor_lr, actor_steps),
-            (self.alpha_optimizer, args.alpha_lr, actor_steps),
+            (self.critic_optimizer, args.critic_lr, n),
+            (self.actor_optimizer, args.actor_lr, n // args.policy_delay),
+            (self.alpha_optimizer, args.alpha_lr, n // args.policy_delay),
         ):
             for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - (1 - args.lr_end) * min(1.0, steps / updates))
+                group["lr"] = lr * (1 - (1 - args.lr_end) * progress(args, steps))
         return super().update(batch, rng)
 
 
-PARTS = {
-    "crossq_sac": {"Args": CrossQArgs, "Agent": CrossQ, "Buffer": replay_buffer},
-    "crossq_td3": {"Args": TD3Args, "Agent": TD3},
-    "sac_baseline": {"Args": SACArgs, "Agent": SAC},
-    "crossq_wn_highutd": {"Args": WeightNormArgs, "Agent": WeightNorm},
-}
+@torch.no_grad()
+def project(net, weight_norm):
+    if weight_norm in ("project", "output"):
+        crossq_wn_highutd.MLP.project(net)
+    if weight_norm == "output":
+        net.weights[2] /= net.weights[2].square().sum(-2, keepdim=True).sqrt()
 
 
 def ablate(script):
     """What to hand to the script's main."""
-    if script.__name__ not in PARTS:
-        sys.exit(f"error: {script.__name__} is not one of the four scripts")
-    return PARTS[script.__name__]
+    crossq = {"Args": CrossQArgs, "Agent": CrossQ, "Buffer": replay_buffer}
+    sac = {"Args": SACArgs, "Agent": SAC}
+    wn = {"Args": WeightNormArgs, "Agent": WeightNorm}
+    return {"crossq_sac": crossq, "sac_baseline": sac, "crossq_wn_highutd": wn}[script.__name__]
 
 
 def main(argv=None):
@@ -418,7 +311,7 @@ def main(argv=None):
     script = probe.first_script(__doc__, argv)
     parts = ablate(script)
     if probed:
-        parts = parts | probe.probed(script, parts["Agent"])
+        parts |= probe.probed(script, parts["Agent"])
     script.main(argv[1:], **parts)
 
 

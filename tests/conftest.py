@@ -5,7 +5,6 @@ import csv
 import functools
 import importlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -95,37 +94,30 @@ def whole(tmp_path_factory):
 
 
 def refused(main, capsys, *arguments, **parts):
-    """Runs main, expects exit code 1 and one line on stderr (a run's own lines aside); returns
-    that line."""
+    """Runs main, expects exit code 1 after one line on stderr, and returns that line."""
     with pytest.raises(SystemExit) as end:
         main(*arguments, **parts)
-    assert isinstance(end.value.code, str), end.value.code  # Python prints it and exits with 1
-    assert end.value.code.startswith("error: ") and "\n" not in end.value.code
-    return end.value.code
-
-
-def wait_for(condition, process, timeout=120):
-    end = time.time() + timeout
-    while not condition():
-        assert process.poll() is None and time.time() < end, "it never came"
-        time.sleep(0.005)
+    line = end.value.code  # Python prints a string and exits with 1
+    assert "error" not in capsys.readouterr().err
+    assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, line
+    return line
 
 
 def kill_in_the_middle(script, arguments, folder, step, name="killed"):
     """Starts a real process in folder, sends SIGKILL once its checkpoint holds that step, and
     returns the step of the checkpoint that it left."""
-    arguments = [*arguments, "--run-name", name]
     process = subprocess.Popen(
-        command(script, *arguments), cwd=folder, env=environment(), stderr=subprocess.DEVNULL
+        command(script, *arguments, "--run-name", name),
+        cwd=folder,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
     )
     run = Path(folder, "runs", name)
-    try:
-        wait_for(
-            lambda: (run / "checkpoint.pt").exists() and load(run)["progress"][0] >= step, process
-        )
-    finally:
-        process.kill()
-    assert process.wait() == -signal.SIGKILL
+    while process.poll() is None:
+        if Path(run, "checkpoint.pt").exists() and load(run)["progress"][0] >= step:
+            process.kill()
+        time.sleep(0.005)
+    assert process.returncode == -signal.SIGKILL
     return load(run)["progress"][0]
 
 
@@ -158,17 +150,6 @@ def assert_identical(a, b):
     for key, value in left.items():
         tensor = isinstance(value, torch.Tensor)
         assert torch.equal(value, right[key]) if tensor else value == right[key], key
-
-
-def flag(name):
-    return f"--{name.replace('_', '-')}"
-
-
-def another(name, value):
-    """The arguments that give a field of Args another value."""
-    if isinstance(value, bool):
-        return [f"--no-{flag(name)[2:]}" if value else flag(name)]
-    return [flag(name), value + 1 if isinstance(value, int) else value / 2]
 
 
 # ------------------------------------------------------------------------------ agents, by hand
@@ -205,10 +186,6 @@ def make_agent(script, updates=0, **changes):
     return agent
 
 
-def noise(seed=99, scale=1.0):
-    return scale * torch.randn(BATCH, ACTIONS, generator=torch.Generator().manual_seed(seed))
-
-
 def forward(net, x, norm=None):
     """The network's output by hand. norm: None, "batch" (the statistics of x: CrossQ's training
     mode in its warm-up) or "running"."""
@@ -230,8 +207,3 @@ def copy_of(net):
 
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def one_line(text):
-    """Text without tyro's boxes and line breaks."""
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())

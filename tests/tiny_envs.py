@@ -10,14 +10,15 @@ class Constant(gym.Env):
     """Observation in R^3 and reward 1 per step. An episode has `length` steps.
 
     The observation: step in the episode / length, a number drawn at the reset, the last action's
-    first entry. Actions are bounded by 0.4, as Humanoid's. `last_action` keeps what came. At its
-    step number `nan_at` the observation is NaN, at `spike_at` it is too large for the variance
-    of a float32. `info` is what each step reports.
+    first entry. Actions are bounded by 0.4, as Humanoid's. `last_action` keeps what came. The
+    observation is NaN at step number `nan_at`, and its variance too large for float32 after
+    `spike_at`.
     """
 
     observation_space = Box(-np.inf, np.inf, (3,), np.float64)
     action_space = Box(-0.4, 0.4, (2,), np.float32)
-    length, terminates, nan_at, spike_at, reward, info = 10, False, None, None, 1.0, {}
+    length, terminates, reward, info = 10, False, 1.0, {}
+    nan_at = nan_reward_at = spike_at = None
 
     def __init__(self):
         self.t, self.mark, self.total_steps, self.last_action = 0, 0.0, 0, np.zeros(2)
@@ -39,8 +40,9 @@ class Constant(gym.Env):
             obs = obs * np.nan
         if self.total_steps == self.spike_at:
             obs = obs * 0 + 3e38
+        reward = np.nan if self.total_steps == self.nan_reward_at else self.reward
         over = self.t >= self.length
-        return obs, self.reward, over and self.terminates, over and not self.terminates, self.info
+        return obs, reward, over and self.terminates, over and not self.terminates, self.info
 
 
 class DictObs(Constant):
@@ -78,9 +80,6 @@ class Single(Constant):
         return super().step(action)
 
 
-LARGEST = np.finfo(np.float64).max
-
-
 def register(name, base=Constant, **attributes):
     """Registers base with these attributes replaced as NAME-v0; returns that id."""
     entry_point = type(name, (base,), attributes)
@@ -91,6 +90,7 @@ def register(name, base=Constant, **attributes):
 register("Truncated")
 register("Terminated", terminates=True)
 register("NanObs", nan_at=57)
+register("NanReward", nan_reward_at=7)
 register("Spike", spike_at=20)
 register("Image", Image)
 register("Discrete", action_space=gym.spaces.Discrete(3))
@@ -100,6 +100,6 @@ register("DictObs", DictObs)
 register("Single", Single)
 register("Fixed", action_space=Box(np.float32([0, 1]), np.float32([5, 1])))
 register("Odd", action_space=Box(np.float32([0.1, -5]), np.float32([0.3, 30])))
-register("Wide", observation_space=Box(-LARGEST, LARGEST, (3,), np.float64))
+register("Wide", observation_space=Box(-1.7e308, 1.7e308, (3,), np.float64))
 register("ArrayReward", reward=np.ones(1, np.float32))
 register("Episode", info={"episode": 7})
