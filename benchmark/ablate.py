@@ -4,8 +4,6 @@
     python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 13
     python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
     python benchmark/ablate.py --probe crossq_sac.py --critic-norm none               # and probe.py
-
-What follows the script's name is its own command line with more flags.
 """
 
 import copy
@@ -108,7 +106,6 @@ class CrossQ(crossq_sac.Agent):
         if args.temperature == "softplus":
             alpha = args.alpha  # log(exp(alpha) - 1) is learnt, in a form that cannot overflow
             nn.init.constant_(self.log_alpha, alpha + math.log(-math.expm1(-alpha)))
-            self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr, fused=True)
             register_parametrization(self, "log_alpha", LogSoftplus())
         if args.max_grad_norm:
             for optimizer in (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer):
@@ -166,8 +163,7 @@ class CrossQ(crossq_sac.Agent):
         return info
 
 
-def progress(args, steps):
-    """These steps of an optimiser over the critic's updates in the whole run, at most 1."""
+def progress(args, steps):  # steps of an optimiser over all updates of the critic, at most 1
     agent_steps = math.ceil(args.total_timesteps / args.action_repeat) - args.learning_starts
     return min(1.0, steps / (agent_steps * args.utd))
 
