@@ -16,10 +16,8 @@ DroQ with 1/20 of their critic updates.
 # ///
 import json
 import math
-import os
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,7 +37,7 @@ class Args:
     seed: int = 1  # of networks, exploration and environment
     total_timesteps: int = 1_000_000  # environment steps
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    compile: bool = True  # torch.compile the losses
+    compile: bool = True  # torch.compile losses and gradients
     bf16: bool = False  # the widest product in bfloat16
     critic_width: int = 2048  # units per hidden layer (table 1; "CrossQ small": 256)
     actor_width: int = 256  # units per hidden layer
@@ -63,9 +61,6 @@ class Args:
     run_name: str | None = None  # folder under runs/; default ENV__PROGRAM__SEED__TIME
     resume: str | None = None  # runs/NAME: continue this run
     track: bool = False  # Weights & Biases too (pip install wandb)
-
-
-# ------------------------------ the algorithm
 
 
 class BatchRenorm(nn.Module):
@@ -95,10 +90,10 @@ class BatchRenorm(nn.Module):
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             active = self.steps >= self.warmup  # a tensor: an `if` would wait for the GPU
-            r_max = torch.where(active, self.r_max, 1.0)
-            d_max = torch.where(active, self.d_max, 0.0)
-            r = (std / running_std).clamp(1 / r_max, r_max)
-            d = ((mean - self.running_mean) / running_std).clamp(-d_max, d_max)
+            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max)
+            r = torch.where(active, r, 1.0)
+            d = torch.where(active, d, 0.0)
             # Only now, after r and d, do the statistics move.
             self.running_mean.lerp_(mean, 1 - self.momentum)
             self.running_var.lerp_(var, 1 - self.momentum)
@@ -126,9 +121,10 @@ class MLP(nn.Module):
 
     def forward(self, *inputs):
         x = self.norms[0](torch.cat(inputs, -1)) @ self.weights[0] + self.biases[0]
-        # The widest product is most of the work. Only it may be bfloat16.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.norms[1](x.relu()) @ self.weights[1] + self.biases[1]
+        x, weight = self.norms[1](x.relu()), self.weights[1]
+        if self.bf16:  # only here, most of the work: inputs and Q-values stay precise
+            x, weight = x.bfloat16(), weight.bfloat16()
+        x = x @ weight + self.biases[1]
         return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
 
 
@@ -162,7 +158,7 @@ class Agent(nn.Module):
 
     def critic_loss(self, batch, noise):
         """Figure 2, corrected: its line 2 needs next_obs, its line 13 (1 - terminated). Half the
-        squared error, summed over two critics, equals its mean over both. And the mean Q."""
+        squared error, summed over two critics, equals its mean over both."""
         obs, action, reward, terminated, next_obs = batch
         self.actor.eval()  # not trained here: running statistics
         with torch.no_grad():
@@ -191,42 +187,46 @@ class Agent(nn.Module):
     def update(self, batch, rng):
         """One critic update; every policy_delay-th time the actor and temperature too."""
         noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
-        critic_loss, q_mean = self.critic_loss(batch, noise)
-        descend(self.critic_optimizer, critic_loss)
-        info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
+        loss, q_mean = self.descend(self.critic_optimizer, self.critic_loss, batch, noise)
+        info = {"losses/critic": loss, "diagnostics/q_mean": q_mean}
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
             noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
-            self.critic.requires_grad_(False)  # skip its gradients
-            actor_loss, entropy = self.actor_loss(batch[0], noise)
+            self.critic.requires_grad_(False)  # no gradients for it
+            loss, entropy = self.descend(self.actor_optimizer, self.actor_loss, batch[0], noise)
             self.critic.requires_grad_(True)
-            descend(self.actor_optimizer, actor_loss)
+            info |= {"losses/actor": loss, "diagnostics/entropy": entropy}
             # The temperature rises while the entropy is below its target.
             alpha = self.log_alpha.exp()
-            descend(self.alpha_optimizer, alpha * (entropy.detach() - self.target_entropy))
-            info |= {"losses/actor": actor_loss, "diagnostics/entropy": entropy}
+            self.alpha_optimizer.zero_grad()
+            (alpha * (entropy - self.target_entropy)).backward()
+            self.alpha_optimizer.step()
             info |= {"diagnostics/alpha": alpha}
         return info
 
-    def random_action(self, rng):
-        """Uniform in [-1, 1]: [A], in NumPy."""
+    def descend(self, optimizer, loss_fn, *inputs):
+        optimizer.zero_grad()
+        results = self.backward(loss_fn, *inputs)
+        optimizer.step()
+        return results
+
+    def backward(self, loss_fn, *inputs):  # main compiles this
+        loss, logged = loss_fn(*inputs)
+        loss.backward()
+        return loss.detach(), logged.detach()
+
+    def random_action(self, rng):  # uniform in [-1, 1]: [A], in NumPy
         return torch.rand(self.action_dim, generator=rng, device=rng.device).cpu().numpy() * 2 - 1
 
     @torch.inference_mode()
     def act(self, obs, rng=None):
         """obs [O] -> action [A], in NumPy: sampled if rng is given, otherwise tanh(mean)."""
         self.actor.eval()
-        obs = torch.as_tensor(obs).to(self.log_alpha)  # dtype and device
+        obs = torch.as_tensor(obs).to(self.log_alpha)
         noise = torch.zeros(1, self.action_dim, device=obs.device)
         if rng is not None:
             noise.normal_(generator=rng)
         return self.policy(obs[None], noise)[0][0].cpu().numpy()
-
-
-def descend(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 class ReplayBuffer:
@@ -250,7 +250,7 @@ class ReplayBuffer:
         return obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs
 
 
-# ------------------------------ environments, checkpoints, training
+# ---------- not the algorithm: environments, checkpoints, training
 
 
 class Env(gym.Wrapper):
@@ -271,7 +271,8 @@ class Env(gym.Wrapper):
         return gym.spaces.flatten(self.env.observation_space, obs).astype(np.float32)
 
     def reset(self, **kwargs):
-        self.episode_return, self.episode_length = 0.0, 0  # length in environment steps
+        self.episode_return = 0.0
+        self.episode_length = 0  # environment steps
         obs, info = self.env.reset(**kwargs)
         return self.flat(obs), info
 
@@ -281,7 +282,7 @@ class Env(gym.Wrapper):
         total = 0.0
         for _ in range(self.repeat):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total += np.float64(reward).item()  # to a plain float
+            total += np.float64(reward).item()
             self.episode_length += 1
             if terminated or truncated:
                 break
@@ -293,8 +294,7 @@ def make_env(args):
     return Env(gym.make(args.env_id), args.action_repeat)
 
 
-def reset_seed(*key):
-    """A hash of the run's seed, the evaluation's step (training: 0), the episode's number."""
+def reset_seed(*key):  # the run's seed, the evaluation's step (training: 0), the episode's number
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -315,7 +315,7 @@ def evaluate(agent, env, step):
             check_finite(step, action=action)
             obs, _, terminated, truncated, info = env.step(action)
             for key in ("success", "is_success", "solved"):
-                if key in info:  # a success at any time of the episode counts
+                if key in info:  # a success at any time counts
                     success = "1" if success == "1" or np.any(info[key]) else "0"
             done = terminated or truncated or env.episode_length >= 100_000
         rows.append((step, episode, env.episode_return, env.episode_length, success))
@@ -337,11 +337,10 @@ def save(folder, agent, buffer, rng, progress):
     }
     check_finite(progress[0], rows=checkpoint["rows"], **checkpoint["agent"])
     torch.save(checkpoint, folder / "checkpoint.tmp")
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+    (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
 
 
-def load(checkpoint, agent, buffer, rng):
-    """The reverse of save; returns the progress."""
+def load(checkpoint, agent, buffer, rng):  # -> progress
     agent.load_state_dict(checkpoint["agent"])
     for name, state in checkpoint["optimizers"].items():
         optimizer = getattr(agent, name)  # its rates are those of args
@@ -362,18 +361,20 @@ def parse(argv, Args):
     for name, value in vars(args).items():
         least = 0 if name in ("seed", "learning_starts", "brn_warmup") else 1
         if (type(value) is int and value < least) or (name == "gamma" and not 0 <= value <= 1):
-            sys.exit(f"error: --{name.replace('_', '-')} {value} is out of range")
+            sys.exit(f"error: {name} {value} is out of range")
     name = f"{args.env_id}__{Path(sys.argv[0]).stem}__{args.seed}__{time.time()}"
     args.run_name = args.run_name or name.replace("/", "_").replace(":", "_")
     folder = Path(args.resume or Path("runs", args.run_name))
     if folder.exists() and not args.resume:
-        sys.exit(f"error: {folder} exists: --resume it or choose another --run-name")
+        sys.exit(f"error: {folder} exists: --resume it or change --run-name")
     return args, checkpoint, folder
 
 
-def compiled(loss):
-    """The loss, compiled. If compiling fails, everything runs uncompiled."""
-    fast = torch.compile(loss)
+def compiled(function):
+    """The function, compiled. If compiling fails, everything runs uncompiled."""
+    torch._dynamo.config.trace_autograd_ops = True  # backward() too
+    torch._inductor.config.comprehensive_padding = False  # which Adam on CUDA refuses
+    fast = torch.compile(function)
 
     def call(*inputs):
         try:
@@ -381,7 +382,7 @@ def compiled(loss):
         except torch._dynamo.exc.TorchDynamoException as error:
             torch.compiler.set_stance("force_eager")
             print(f"not compiled: {error!r:.150}", file=sys.stderr)
-            return loss(*inputs)
+            return function(*inputs)
 
     return call
 
@@ -390,25 +391,22 @@ def main(
     argv=None, Args=Args, Agent=Agent, Buffer=ReplayBuffer, make_env=make_env, evaluate=evaluate
 ):
     """Train. Pass parts of your own to extend this."""
-    warnings.filterwarnings("ignore", ".*out of date")  # the papers use -v4
-    sys.path.append(os.getcwd())  # for --env-id my_module:MyEnv-v0
+    sys.path.append(str(Path.cwd()))  # for --env-id my_module:MyEnv-v0
     args, checkpoint, folder = parse(argv, Args)
     env, eval_env = make_env(args), make_env(args)
     torch.set_float32_matmul_precision("medium")  # faster on some CPUs, and exact on some
     a = torch.rand(256, 256, device=args.device)
-    exact = a.double() @ a.double()
-    if (a @ a - exact).abs().max() > 1e-3:
+    if not torch.allclose(a @ a, (a.double() @ a.double()).float()):
         torch.set_float32_matmul_precision("highest")
     torch.set_flush_denormal(True)  # Adam's averages become denormal, which is slow
     torch.manual_seed(args.seed)
     sizes = env.observation_space.shape + env.action_space.shape
     agent = Agent(*sizes, args).to(args.device)
     buffer = Buffer(*sizes, args)
-    rng = torch.Generator(args.device).manual_seed(args.seed)  # of all later draws but resets
+    rng = torch.Generator(args.device).manual_seed(args.seed)
     step, episode, evaluations = load(checkpoint, agent, buffer, rng) if checkpoint else (0, 0, [])
     if args.compile:
-        agent.critic_loss = compiled(agent.critic_loss)
-        agent.actor_loss = compiled(agent.actor_loss)
+        agent.backward = compiled(agent.backward)
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     about = asdict(args) | {m.__name__: m.__version__ for m in (torch, gym, np)}
     (folder / "args.json").write_text(json.dumps(about | {"command": sys.argv}, indent=2))
@@ -418,10 +416,12 @@ def main(
         wandb.init(id=folder.name, resume="allow", config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=step + 1)
     bar = tqdm(total=args.total_timesteps, initial=step, mininterval=10)
-    bar.write(f"{folder}: random steps come first, and the first updates are slow", sys.stderr)
+    bar.write(f"{folder}: random steps, then slow first updates", sys.stderr)
     save(folder, agent, buffer, rng, (step, episode, evaluations))
     obs, _ = env.reset(seed=reset_seed(args.seed, 0, episode))
-    losses, saved, clock = {}, time.time(), (step, time.time())
+    losses = {}
+    saved = time.time()
+    clock = step, time.time()
     while step < args.total_timesteps:
         learning = step >= args.learning_starts * args.action_repeat
         action = agent.act(obs, rng) if learning else agent.random_action(rng)
