@@ -1,9 +1,9 @@
 """The papers' ablations as further flags of a script, and an example of how to extend one.
 
-    python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --critic-width 256
-    python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 13
-    python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
-    python benchmark/ablate.py --probe crossq_sac.py --critic-norm none               # and probe.py
+python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --critic-width 256
+python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 13
+python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
+python benchmark/ablate.py --probe crossq_sac.py --critic-norm none               # and probe.py
 """
 
 import copy

@@ -31,7 +31,7 @@ OWN = {"bro": {"n_quantiles": 5}}  # settings of small agents
 
 def make_agent(name, **changes):
     torch.manual_seed(0)
-    sizes = {"critic_width": 16, "actor_width": 16, "device": "cpu", "compile": False}
+    sizes = {"critic_width": 16, "actor_width": 16, "device": "cpu"}
     args = MODULES[name].Args(**sizes | OWN.get(name, {}) | changes)
     return MODULES[name].Agent(OBS, ACTIONS, args)
 
@@ -98,7 +98,7 @@ def test_defaults_and_commands(name):
 @each
 def test_optimizers_and_target_entropy(name):
     """Adam's learning rates and betas; dim(A) = 6."""
-    agent, args = MODULES[name].Agent(17, 6, MODULES[name].Args(compile=False)), DEFAULTS[name]
+    agent, args = MODULES[name].Agent(17, 6, MODULES[name].Args()), DEFAULTS[name]
     for part in ("critic", "actor", "explorer", "alpha", "dual"):
         optimizer = getattr(agent, f"{part}_optimizer", None)
         if optimizer is None:
@@ -138,8 +138,8 @@ def test_what_an_update_moves(name):
     if name == "bro":
         actor |= {"explorer", "optimism", "kl_weight"}
     assert seen == [critic, critic | actor]
-    normed = name in ("xqc", "crossq_discrete")
-    assert norms == ([{"critic"}, {"critic", "actor"}] if normed else [set(), set()])
+    normed = {"xqc": {"critic", "target_critic"}, "crossq_discrete": {"critic"}}.get(name, set())
+    assert norms == [normed, normed | {"actor"} if normed else normed]
     assert all(p.requires_grad for p in agent.critic.parameters())
 
 
@@ -266,7 +266,8 @@ def test_td3_by_hand():
     expected = (0.9**2 + 0.95**2 + 0.9**2 + 1) / 4 + (0.1**2 + 0.05**2 + 0.1**2 + 2**2) / 4
     assert agent.critic_loss(batch, noise)[0].item() == pytest.approx(expected)
     linear_in_the_action(agent.critic, [(3.0, 7.0), (0.0, 1.0)])
-    assert agent.actor_loss(batch[0]).item() == pytest.approx(-5.5)  # -(3 * -0.5 + 7)
+    loss, q_mean = agent.actor_loss(batch[0])
+    assert loss.item() == -q_mean.item() == pytest.approx(-5.5)  # -(3 * -0.5 + 7)
 
 
 def test_td3_targets_follow_the_actors_updates_by_tau():
@@ -314,13 +315,13 @@ def assert_fresh(agent, seen):
 
 
 def test_sr_sac_begins_anew_at_every_fifth_update():
-    """The losses that main has replaced stay, and are those of the new networks."""
+    """The method that main has replaced stays, and its losses are those of the new networks."""
     agent, calls = make_agent("sr_sac", reset_every=5, alpha=0.7), []
-    seen, critic_loss = [copy_of(agent)], agent.critic_loss
-    agent.critic_loss = lambda *inputs: calls.append(1) or critic_loss(*inputs)
+    seen, backward = [copy_of(agent)], agent.backward
+    agent.backward = lambda *inputs: calls.append(1) or backward(*inputs)  # critic and actor
     for i in range(1, 12):
         agent.update(make_batch(i), torch.Generator().manual_seed(i))
-        assert agent.n_updates == len(calls) == i
+        assert 2 * agent.n_updates == len(calls) == 2 * i
         if i % 5 == 0:
             assert_fresh(agent, seen)
             assert agent.log_alpha.item() == pytest.approx(math.log(0.7))

@@ -137,7 +137,7 @@ def test_it_acts_by_the_exploring_actor_and_is_evaluated_by_the_other():
 
 def test_initial_weights_are_orthogonal():
     """With a gain of sqrt(2). The log stds' is 1, that of the exploring actor's shift 0.01."""
-    agent = bro.Agent(OBS, ACTIONS, bro.Args(compile=False))
+    agent = bro.Agent(OBS, ACTIONS, bro.Args())
     q = agent.critic(torch.zeros(3, OBS), torch.zeros(3, ACTIONS))
     assert q.shape == (2, 3, 100)
 
@@ -214,5 +214,5 @@ def test_resume_is_exact_before_and_after_a_reset(main, monkeypatch, killed_at):
     main("--resume", "runs/killed")
     main(*flags, "--run-name", "whole")
     assert_identical("runs/whole", "runs/killed")
-    steps = load(Path("runs/whole"))["optimizers"]["critic_optimizer"]
+    steps = load(Path("runs/whole"))["optimizers"]["critic_optimizer"]["state"]
     assert {state["step"].item() for state in steps.values()} == {60}  # since the reset

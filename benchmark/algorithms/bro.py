@@ -27,7 +27,6 @@ sys.path += [str(Path(__file__).resolve().parents[k]) for k in (0, 2)]
 import sr_sac  # noqa: E402
 
 import sac_baseline  # noqa: E402
-from sac_baseline import descend  # noqa: E402
 
 RESETS = [15_001, 50_001, 250_001, 500_001, 750_001, 1_000_001, 1_500_001, 2_000_001]  # agent steps
 LOG_STD_MIN, LOG_STD_MAX = -10, 2
@@ -145,8 +144,6 @@ class Agent(sac_baseline.Agent):
         self.explorer_optimizer = AdamW(self.explorer.parameters(), args.actor_lr, **slow)
         self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr, **quick)
         self.dual_optimizer = Adam([self.optimism, self.kl_weight], args.dual_lr, **quick)
-        if args.compile:
-            self.explorer_loss = sac_baseline.compiled(self.explorer_loss)
 
     def critic_loss(self, batch, noise):
         """The quantile Huber loss against the shifted and shrunk quantiles of s'."""
@@ -192,6 +189,12 @@ class Agent(sac_baseline.Agent):
         upper = (q.mean(0) + optimism * spread).mean(-1)  # [B]
         return (kl_weight * kl - upper).mean(), kl.mean() / self.action_dim
 
+    def dual_loss(self, kl):
+        """It lowers optimism and raises the KL's weight while the KL is above its target. The
+        second result is optimism."""
+        optimism, kl_weight = self.dual_values()
+        return (optimism - kl_weight) * (kl - KL_TARGET), optimism
+
     def update(self, batch, rng):
         """SAC's update, then the exploring actor's and the duals'; before it a reset, if due."""
         args = self.args
@@ -203,13 +206,11 @@ class Agent(sac_baseline.Agent):
         if self.n_updates % args.policy_delay == 0:  # with the actor
             noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
             self.critic.requires_grad_(False)  # skip its gradients
-            explorer_loss, kl = self.explorer_loss(batch[0], noise)
+            loss, kl = self.descend(self.explorer_optimizer, self.explorer_loss, batch[0], noise)
             self.critic.requires_grad_(True)
-            descend(self.explorer_optimizer, explorer_loss)
-            # While the KL is above its target: less optimism, a greater weight of the KL.
             optimism, kl_weight = self.dual_values()
-            descend(self.dual_optimizer, (optimism - kl_weight) * (kl.detach() - KL_TARGET))
-            info |= {"losses/explorer": explorer_loss, "diagnostics/kl": kl}
+            self.descend(self.dual_optimizer, self.dual_loss, kl)
+            info |= {"losses/explorer": loss, "diagnostics/kl": kl}
             info |= {"diagnostics/optimism": optimism, "diagnostics/kl_weight": kl_weight}
         return info
 

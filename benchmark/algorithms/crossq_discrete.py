@@ -32,7 +32,7 @@ from torch.optim import Adam
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import crossq_sac  # noqa: E402
-from crossq_sac import MLP, descend  # noqa: E402
+from crossq_sac import MLP  # noqa: E402
 
 NEW_ACTION = 0.25  # probability of a new random action at a step; otherwise the old one is held
 
@@ -118,16 +118,16 @@ class Agent(crossq_sac.Agent):
 
     def update(self, batch, rng):
         """As CrossQ's, without noise."""
-        critic_loss, q_mean = self.critic_loss(batch)
-        descend(self.critic_optimizer, critic_loss)
-        info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
+        loss, q_mean = self.descend(self.critic_optimizer, self.critic_loss, batch)
+        info = {"losses/critic": loss, "diagnostics/q_mean": q_mean}
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
-            actor_loss, entropy = self.actor_loss(batch[0])
-            descend(self.actor_optimizer, actor_loss)
+            loss, entropy = self.descend(self.actor_optimizer, self.actor_loss, batch[0])
+            info |= {"losses/actor": loss, "diagnostics/entropy": entropy}
             alpha = self.log_alpha.exp()
-            descend(self.alpha_optimizer, alpha * (entropy.detach() - self.target_entropy))
-            info |= {"losses/actor": actor_loss, "diagnostics/entropy": entropy}
+            self.alpha_optimizer.zero_grad()
+            (alpha * (entropy - self.target_entropy)).backward()
+            self.alpha_optimizer.step()
             info |= {"diagnostics/alpha": alpha}
         return info
 

@@ -21,7 +21,6 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 import sac_baseline  # noqa: E402
-from sac_baseline import descend  # noqa: E402
 
 
 @dataclass
@@ -67,19 +66,21 @@ class Agent(sac_baseline.Agent):
 
     def update(self, batch, rng):
         """SAC's, with the draws above in place of the noise."""
-        critic_loss, q_mean = self.critic_loss(batch, self.draw(batch, rng))
-        descend(self.critic_optimizer, critic_loss)
+        draws = self.draw(batch, rng)
+        loss, q_mean = self.descend(self.critic_optimizer, self.critic_loss, batch, draws)
         self.move_target()
-        info = {"losses/critic": critic_loss, "diagnostics/q_mean": q_mean}
+        info = {"losses/critic": loss, "diagnostics/q_mean": q_mean}
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
+            draws = self.draw(batch, rng)
             self.critic.requires_grad_(False)  # skip its gradients
-            actor_loss, entropy = self.actor_loss(batch[0], self.draw(batch, rng))
+            loss, entropy = self.descend(self.actor_optimizer, self.actor_loss, batch[0], draws)
             self.critic.requires_grad_(True)
-            descend(self.actor_optimizer, actor_loss)
+            info |= {"losses/actor": loss, "diagnostics/entropy": entropy}
             alpha = self.log_alpha.exp()
-            descend(self.alpha_optimizer, alpha * (entropy.detach() - self.target_entropy))
-            info |= {"losses/actor": actor_loss, "diagnostics/entropy": entropy}
+            self.alpha_optimizer.zero_grad()
+            (alpha * (entropy - self.target_entropy)).backward()
+            self.alpha_optimizer.step()
             info |= {"diagnostics/alpha": alpha}
         return info
 

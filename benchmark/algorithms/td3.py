@@ -84,8 +84,9 @@ class Agent(crossq_td3.Agent):
         return self.critic(obs, action)[0].squeeze(-1)
 
     def actor_loss(self, obs):
-        """Minus the Q-value of the actor's actions."""
-        return -self.actor_q(obs, self.policy(obs)).mean()
+        """Minus the Q-value of the actor's actions; and that value."""
+        q_mean = self.actor_q(obs, self.policy(obs)).mean()
+        return -q_mean, q_mean
 
     def update(self, batch, rng):
         """CrossQ-TD3's update. The targets follow when the actor has moved."""

@@ -130,8 +130,6 @@ class Agent(crossq_wn_highutd.Agent):
         self.critic = MLP(*sizes)  # the atoms' logits [n_critics, B, K]
         self.target_critic = MLP(*sizes).requires_grad_(False)
         self.target_critic.load_state_dict(self.critic.state_dict())
-        for norm in self.target_critic.norms:
-            norm.track_running_stats = False  # never used: see critic_loss
         self.actor = Actor(obs_dim, args.actor_width, 2 * action_dim)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, fused=True)
