@@ -224,7 +224,7 @@ class Env(gym.Wrapper):
         n_obs = gym.spaces.flatdim(env.observation_space)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (n_obs,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, box.shape, np.float32)
-        self.low, self.high = np.float64(box.low), np.float64(box.high)
+        self.low, self.high = box.low.astype(float), box.high.astype(float)
         self.repeat = repeat
 
     def flat(self, obs):
@@ -237,7 +237,7 @@ class Env(gym.Wrapper):
         return self.flat(obs), info
 
     def step(self, action):
-        action = self.low + (self.high - self.low) * (np.float64(action) + 1) / 2
+        action = self.low + (self.high - self.low) * (np.asarray(action, float) + 1) / 2
         action = action.clip(self.low, self.high).astype(self.env.action_space.dtype)
         total = 0.0
         for _ in range(self.repeat):
