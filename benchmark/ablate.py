@@ -1,9 +1,9 @@
 """The papers' ablations as further flags of a script, and an example of how to extend one.
+With --probe before the script's name, probe.py measures the run too.
 
-python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --critic-width 256
-python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 13
-python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
-python benchmark/ablate.py --probe crossq_sac.py --critic-norm none               # and probe.py
+    python benchmark/ablate.py crossq_sac.py --critic-norm ln --activation elu --critic-width 256
+    python benchmark/ablate.py sac_baseline.py --critic-norm brn --target-stats live  # figure 13
+    python benchmark/ablate.py crossq_wn_highutd.py --weight-norm none                # WN, figure 5
 """
 
 import copy
@@ -104,8 +104,8 @@ class CrossQ(crossq_sac.Agent):
         super().__init__(obs_dim, action_dim, args)
         ablate_networks(self)
         if args.temperature == "softplus":
-            alpha = args.alpha  # log(exp(alpha) - 1) is learnt, in a form that cannot overflow
-            nn.init.constant_(self.log_alpha, alpha + math.log(-math.expm1(-alpha)))
+            # log(exp(alpha) - 1) is learnt, in a form that cannot overflow
+            nn.init.constant_(self.log_alpha, args.alpha + math.log(-math.expm1(-args.alpha)))
             register_parametrization(self, "log_alpha", LogSoftplus())
         if args.max_grad_norm:
             for optimizer in (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer):
@@ -117,24 +117,20 @@ class CrossQ(crossq_sac.Agent):
     def aggregate(self, q):  # over the critics: [n_critics, B] -> [B]
         return q.mean(0) if self.args.q_aggregation == "mean" else q.min(0).values
 
-    def actor_q(self, obs, action):
-        """What the actor maximises [B]. probe.py measures its bias."""
+    def actor_q(self, obs, action):  # [B]; probe.py measures its bias
         return self.aggregate(self.critic(obs, action).squeeze(-1))
 
     def critic_loss(self, batch, noise):
-        """A prioritised batch has the transitions' weights [B] as its sixth part."""
-        obs, action, reward, terminated, next_obs, *weight = batch
+        obs, action, reward, terminated, next_obs, *weight = batch  # [B], if prioritised
         if self.args.bootstrap_at_termination:
             terminated = torch.zeros_like(terminated)
         self.actor.eval()
         with torch.no_grad():
             next_action, next_log_prob = self.policy(next_obs, noise)
-
         self.critic.train()
         both_obs = torch.cat([obs, next_obs])  # [2B, O]
         both_actions = torch.cat([action, next_action])  # [2B, A]
         q, next_q = self.critic(both_obs, both_actions).squeeze(-1).chunk(2, 1)  # [n_critics, B]
-
         next_value = self.aggregate(next_q)
         if self.args.entropy_in_target:
             next_value = next_value - self.log_alpha.exp() * next_log_prob
@@ -188,20 +184,14 @@ class PrioritizedReplay(crossq_sac.ReplayBuffer):
 
     def sample(self, n, rng):
         priorities = self.rows[: self.added, -1].double()
-        index = torch.multinomial(priorities, n, replacement=True, generator=rng)
+        index = torch.multinomial(priorities, n, True, generator=rng)
         obs, action, *scalars, next_obs, priority = self.rows[index].split(self.widths, -1)
         reward, terminated, priority = (x.squeeze(-1) for x in (*scalars, priority))
         return obs, action, reward, terminated, next_obs, priority, index, self
 
     def prioritize(self, index, error):
-        priority = (error + 1e-6) ** 0.6
-        self.rows[index, -1] = priority
-        self.largest = max(self.largest, priority.max().item())
-
-
-def replay_buffer(obs_dim, action_dim, args):
-    Buffer = PrioritizedReplay if args.replay == "prioritized" else crossq_sac.ReplayBuffer
-    return Buffer(obs_dim, action_dim, args)
+        self.rows[index, -1] = (error + 1e-6) ** 0.6
+        self.largest = max(self.largest, self.rows[index, -1].max().item())
 
 
 @dataclass
@@ -212,9 +202,7 @@ class SACArgs(sac_baseline.Args, NetworkArgs):
     target_stats: Literal["own", "live"] = "own"  # of the target's brn or bn; live: the critic's
 
 
-class SAC(sac_baseline.Agent):
-    """The baseline has no norms and so no modes, which are added here."""
-
+class SAC(sac_baseline.Agent):  # without norms it has no modes: they are set here
     def __init__(self, obs_dim, action_dim, args):
         super().__init__(obs_dim, action_dim, args)
         ablate_networks(self)
@@ -245,8 +233,7 @@ class SAC(sac_baseline.Agent):
 
 @dataclass
 class WeightNormArgs(crossq_wn_highutd.Args):
-    # "soft" is weight decay of the hidden layers in place of their projection (figure 5); "output"
-    # projects the output layer's weights too, but not its bias (the authors' later code).
+    # soft: weight decay instead (figure 5); output: its weights too, not its bias (later code)
     weight_norm: Literal["project", "soft", "none", "output"] = "project"
     decay_norms: bool = False  # weight decay of batch norm's scale and bias too (later code)
     lr_end: float = 1.0  # share of the rates at the end of a linear decay (later code: 0.1)
@@ -262,25 +249,20 @@ class WeightNorm(crossq_wn_highutd.Agent):
         self.target_critic.load_state_dict(self.critic.state_dict())
 
     def make_optimizer(self, net, lr):
-        args, groups = self.args, []
-        for parameters, decays in (
-            ([net.weights[2], net.biases[2]], True),
-            ([*net.weights[:2], *net.biases[:2]], args.weight_norm == "soft"),
-            (net.norms.parameters(), args.decay_norms),
-        ):
-            groups.append({"params": parameters, "weight_decay": args.weight_decay * decays})
+        output, hidden = [net.weights[2], net.biases[2]], [*net.weights[:2], *net.biases[:2]]
+        decays = True, self.args.weight_norm == "soft", self.args.decay_norms
+        groups = []
+        for parameters, decay in zip((output, hidden, net.norms.parameters()), decays):
+            groups.append({"params": parameters, "weight_decay": self.args.weight_decay * decay})
         return AdamW(groups, lr, fused=True)
 
     def update(self, batch, rng):
-        """The rates fall with each optimiser's own steps. Actor and temperature take fewer."""
         args, n = self.args, self.n_updates
-        for optimizer, lr, steps in (
-            (self.critic_optimizer, args.critic_lr, n),
-            (self.actor_optimizer, args.actor_lr, n // args.policy_delay),
-            (self.alpha_optimizer, args.alpha_lr, n // args.policy_delay),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - (1 - args.lr_end) * progress(args, steps))
+        fewer = n // args.policy_delay  # the rates fall with each optimiser's own steps
+        for name, steps in (("critic", n), ("actor", fewer), ("alpha", fewer)):
+            for group in getattr(self, f"{name}_optimizer").param_groups:
+                share = 1 - (1 - args.lr_end) * progress(args, steps)
+                group["lr"] = getattr(args, f"{name}_lr") * share
         return super().update(batch, rng)
 
 
@@ -292,8 +274,11 @@ def project(net, weight_norm):
         net.weights[2] /= net.weights[2].square().sum(-2, keepdim=True).sqrt()
 
 
-def ablate(script):
-    """What to hand to the script's main."""
+def ablate(script):  # -> what to hand to the script's main
+    def replay_buffer(*sizes_and_args):
+        prioritized = sizes_and_args[-1].replay == "prioritized"
+        return (PrioritizedReplay if prioritized else crossq_sac.ReplayBuffer)(*sizes_and_args)
+
     crossq = {"Args": CrossQArgs, "Agent": CrossQ, "Buffer": replay_buffer}
     sac = {"Args": SACArgs, "Agent": SAC}
     wn = {"Args": WeightNormArgs, "Agent": WeightNorm}

@@ -101,8 +101,7 @@ def corrections(agent, batch):
     return out
 
 
-def load(path):
-    """A script as a module; a name that is not found here is looked for at the repository's top."""
+def load(path):  # a script as a module, found from here or from the repository's top
     path = Path(path) if Path(path).exists() else ROOT / path
     sys.path.append(str(path.resolve().parent))  # which it may import from
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -112,8 +111,7 @@ def load(path):
     return script
 
 
-def first_script(doc, argv):
-    """The script that a command line begins with. Without one the program ends with its help."""
+def first_script(doc, argv):  # that a command line begins with; without one, the help is printed
     if not argv or not argv[0].endswith(".py"):
         print(doc)
         sys.exit("--help" not in argv)
