@@ -3,7 +3,7 @@
 As in SAC for discrete actions (Christodoulou 2019, arXiv 1910.07207), a critic gives the Q of every
 action at once and the actor their probabilities. Expectations over the policy are sums, and no
 noise is needed. The joint pass is over s and s' alone, because the action is no longer an input.
-What differs from that paper (benchmark/results/README.md has the runs):
+What differs from that paper (benchmark/results/_rivals/_tries has the runs):
 
 - The target is the lower of the critics' values of s', not the value of their lower Qs: a minimum
   for every action is far too low (Zhou et al. 2022, arXiv 2209.10081). The actor takes their mean.
