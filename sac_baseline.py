@@ -40,7 +40,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = True  # torch.compile losses and gradients
-    bf16: bool = False  # the widest product in bfloat16
+    bf16: bool = False  # hidden layers' product in bfloat16
     critic_width: int = 256  # units per hidden layer
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
@@ -66,7 +66,7 @@ class Args:
 
 
 class MLP(nn.Module):
-    """(Dense -> ReLU) x 2 -> dense: inputs, joined to [B, n_in] -> [B, n_out].
+    """(Dense -> ReLU) x 2 -> dense, of joined inputs: [B, n_in] -> [B, n_out].
     With ensemble=(N,) it is N networks side by side: -> [N, B, n_out]."""
 
     def __init__(self, n_in, width, n_out, args, ensemble=()):
@@ -120,7 +120,7 @@ class Agent(nn.Module):
         return u.tanh(), log_prob.sum(-1)
 
     def critic_loss(self, batch, noise):
-        """Half the squared Bellman error: mean over the batch, sum over the critics."""
+        """Half the squared Bellman error, summed over the critics; and q's mean."""
         obs, action, reward, terminated, next_obs = batch
         with torch.no_grad():
             next_action, next_log_prob = self.policy(next_obs, noise)
@@ -140,23 +140,23 @@ class Agent(nn.Module):
 
     def update(self, batch, rng):
         """One critic update; every policy_delay-th time the actor and temperature too."""
-        noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
+        obs, action, *_ = batch
+        noise = torch.randn(action.shape, generator=rng, device=rng.device)
         loss, q_mean = self.descend(self.critic_optimizer, self.critic_loss, batch, noise)
         self.move_target()
         info = {"losses/critic": loss, "diagnostics/q_mean": q_mean}
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
-            noise = torch.randn(batch[1].shape, generator=rng, device=rng.device)
+            noise = torch.randn(action.shape, generator=rng, device=rng.device)
             self.critic.requires_grad_(False)  # no gradients for it
-            loss, entropy = self.descend(self.actor_optimizer, self.actor_loss, batch[0], noise)
+            loss, entropy = self.descend(self.actor_optimizer, self.actor_loss, obs, noise)
             self.critic.requires_grad_(True)
-            info |= {"losses/actor": loss, "diagnostics/entropy": entropy}
             # The temperature rises while the entropy is below its target.
             alpha = self.log_alpha.exp()
             self.alpha_optimizer.zero_grad()
             (alpha * (entropy - self.target_entropy)).backward()
             self.alpha_optimizer.step()
-            info |= {"diagnostics/alpha": alpha}
+            info |= {"losses/actor": loss, "losses/alpha": alpha, "diagnostics/entropy": entropy}
         return info
 
     @torch.no_grad()
@@ -172,9 +172,9 @@ class Agent(nn.Module):
         return results
 
     def backward(self, loss_fn, *inputs):  # main compiles this
-        loss, logged = loss_fn(*inputs)
+        loss, extra = loss_fn(*inputs)
         loss.backward()
-        return loss.detach(), logged.detach()
+        return loss.detach(), extra.detach()
 
     def random_action(self, rng):  # uniform in [-1, 1]: [A], in NumPy
         return torch.rand(self.action_dim, generator=rng, device=rng.device).cpu().numpy() * 2 - 1
@@ -254,7 +254,7 @@ def make_env(args):
     return Env(gym.make(args.env_id), args.action_repeat)
 
 
-def reset_seed(*key):  # the run's seed, the evaluation's step (training: 0), the episode's number
+def reset_seed(*key):  # the run's seed, evaluation step (training: 0), episode
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
@@ -265,7 +265,7 @@ def check_finite(step, **values):
 
 
 def evaluate(agent, env, step):
-    """Deterministic episodes; rows of evaluations.csv: step, episode, return, length, success."""
+    """Deterministic episodes, as rows of evaluations.csv."""
     rows = []
     for episode in range(agent.args.eval_episodes):
         obs, _ = env.reset(seed=reset_seed(agent.args.seed, step, episode))
@@ -303,11 +303,11 @@ def save(folder, agent, buffer, rng, progress):
 def load(checkpoint, agent, buffer, rng):  # -> progress
     agent.load_state_dict(checkpoint["agent"])
     for name, state in checkpoint["optimizers"].items():
-        optimizer = getattr(agent, name)  # its rates are those of args
+        optimizer = getattr(agent, name)  # args set its rates
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
     agent.n_updates = checkpoint["n_updates"]
-    buffer.rows[: len(checkpoint["rows"])] = checkpoint["rows"]
     vars(buffer).update(checkpoint["buffer"])
+    buffer.rows[: buffer.added] = checkpoint["rows"]  # a full buffer cannot change its size
     rng.set_state(checkpoint["rng"])
     return checkpoint["progress"]
 
@@ -319,8 +319,8 @@ def parse(argv, Args):
         checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), "cpu", weights_only=True)
         args = tyro.cli(Args, args=argv, default=Args(**checkpoint["args"]))
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "learning_starts", "brn_warmup") else 1
-        if (type(value) is int and value < least) or (name == "gamma" and not 0 <= value <= 1):
+        low = 0 if type(value) is float or name in ("seed", "learning_starts", "brn_warmup") else 1
+        if type(value) in (int, float) and not low <= value <= (1 if name == "gamma" else np.inf):
             sys.exit(f"error: {name} {value} is out of range")
     name = f"{args.env_id}__{Path(sys.argv[0]).stem}__{args.seed}__{time.time()}"
     args.run_name = args.run_name or name.replace("/", "_").replace(":", "_")
@@ -354,7 +354,7 @@ def main(
     sys.path.append(str(Path.cwd()))  # for --env-id my_module:MyEnv-v0
     args, checkpoint, folder = parse(argv, Args)
     env, eval_env = make_env(args), make_env(args)
-    torch.set_float32_matmul_precision("medium")  # faster on some CPUs, and exact on some
+    torch.set_float32_matmul_precision("medium")  # faster on some CPUs; kept if exact
     a = torch.rand(256, 256, device=args.device)
     if not torch.allclose(a @ a, (a.double() @ a.double()).float()):
         torch.set_float32_matmul_precision("highest")
@@ -367,7 +367,7 @@ def main(
     step, episode, evaluations = load(checkpoint, agent, buffer, rng) if checkpoint else (0, 0, [])
     if args.compile:
         agent.backward = compiled(agent.backward)
-    folder.mkdir(parents=True, exist_ok=bool(args.resume))
+    folder.mkdir(parents=True, exist_ok=checkpoint is not None)
     about = asdict(args) | {m.__name__: m.__version__ for m in (torch, gym, np)}
     (folder / "args.json").write_text(json.dumps(about | {"command": sys.argv}, indent=2))
     if args.track:
@@ -423,7 +423,6 @@ def main(
                 saved = time.time()
     save(folder, agent, buffer, rng, (step, episode + 1, evaluations))
     writer.close()
-    bar.close()
 
 
 if __name__ == "__main__":

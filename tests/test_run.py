@@ -124,6 +124,9 @@ def test_extending_a_run(main, whole):
     before, after = load(whole(main))["agent"], load("runs/a")["agent"]
     for name, changes in (("critic.weights.0", False), ("actor.weights.0", True)):
         assert torch.equal(before[name], after[name]) != changes
+    main(*TINY, "--buffer-size", 64, "--run-name", "full")
+    with pytest.raises(RuntimeError, match="size"):
+        main("--resume", "runs/full", "--buffer-size", 128)
 
 
 def test_an_algorithm_of_ones_own(main):
@@ -247,13 +250,15 @@ def test_the_users_own_bug_keeps_its_traceback(main, compile):
 
 @every_script
 def test_numbers_out_of_range(main, capsys):
-    """Every whole number of Args, and gamma: one line, and nothing created."""
+    """Every number of Args: one line, and nothing created."""
     of_zero = {"seed", "learning_starts", "brn_warmup"}
-    wrong = [("gamma", "1.5"), ("gamma", "-0.1")]
+    wrong = [("gamma", "1.5"), ("gamma", "nan")]
     for field in dataclasses.fields(main.module.Args):
         if field.type is int:
             wrong.append((field.name, -1 if field.name in of_zero else 0))
-    assert len(wrong) > 12
+        if field.type is float:
+            wrong.append((field.name, "-0.5"))
+    assert len(wrong) > 16
     for name, value in wrong:
         flag = f"--{name.replace('_', '-')}"
         assert f"{name} {value} " in refused(main, capsys, *TINY, flag, value)
@@ -341,7 +346,7 @@ def test_files_of_a_run(main):
     assert lines == ["step,episode,return,length,success", *rows]
     tags = {"losses/critic", "losses/actor", "diagnostics/q_mean", "charts/SPS"}
     if hasattr(main.module.Args, "alpha"):
-        tags |= {"diagnostics/alpha", "diagnostics/entropy"}
+        tags |= {"losses/alpha", "diagnostics/entropy"}
     assert tags <= set(EventAccumulator("runs/a").Reload().Tags()["scalars"])
     assert scalars("runs/a", "eval/return") == [(1000, 10.0), (2000, 10.0)]
     assert scalars("runs/a", "charts/episodic_return")[:2] == [(10, 10.0), (20, 10.0)]

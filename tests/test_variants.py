@@ -86,7 +86,7 @@ def check(u, name, loss):
 
 def check_temperature(u, entropy, target):
     """log(alpha) descended alpha * (entropy - target), a number that leaves the actor alone."""
-    assert u.info["diagnostics/alpha"].item() == pytest.approx(0.3)
+    assert u.info["losses/alpha"].item() == pytest.approx(0.3)
     assert u.info["diagnostics/entropy"].item() == pytest.approx(entropy.item())
     expected = 0.3 * (entropy.item() - target)
     assert u.after.log_alpha.grad.item() == pytest.approx(expected, rel=1e-9)

@@ -123,12 +123,11 @@ class Agent(crossq_sac.Agent):
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
             loss, entropy = self.descend(self.actor_optimizer, self.actor_loss, batch[0])
-            info |= {"losses/actor": loss, "diagnostics/entropy": entropy}
             alpha = self.log_alpha.exp()
             self.alpha_optimizer.zero_grad()
             (alpha * (entropy - self.target_entropy)).backward()
             self.alpha_optimizer.step()
-            info |= {"diagnostics/alpha": alpha}
+            info |= {"losses/actor": loss, "losses/alpha": alpha, "diagnostics/entropy": entropy}
         return info
 
     def random_action(self, rng):

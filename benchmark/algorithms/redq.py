@@ -76,12 +76,11 @@ class Agent(sac_baseline.Agent):
             self.critic.requires_grad_(False)  # skip its gradients
             loss, entropy = self.descend(self.actor_optimizer, self.actor_loss, batch[0], draws)
             self.critic.requires_grad_(True)
-            info |= {"losses/actor": loss, "diagnostics/entropy": entropy}
             alpha = self.log_alpha.exp()
             self.alpha_optimizer.zero_grad()
             (alpha * (entropy - self.target_entropy)).backward()
             self.alpha_optimizer.step()
-            info |= {"diagnostics/alpha": alpha}
+            info |= {"losses/actor": loss, "losses/alpha": alpha, "diagnostics/entropy": entropy}
         return info
 
 
