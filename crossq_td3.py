@@ -1,7 +1,7 @@
 """CrossQ on TD3, in one file (Bhatt et al., ICLR 2024, arXiv 1902.05605, section 4.1).
 
 TD3 without target networks: actor and critic are batch-renormalised instead, and a wider critic
-sees (s, a) and (s', a') in one joint pass. Noise smooths a', and the actor is deterministic.
+sees (s, a) and (s', a') in one joint pass. Clipped noise on a' smooths the target.
 
     python crossq_td3.py --env-id Walker2d-v4 --critic-width 2048    # the paper's setting
     python crossq_td3.py --env-id HalfCheetah-v4 --critic-width 256  # for a CPU
@@ -168,7 +168,7 @@ class Agent(nn.Module):
         return 0.5 * (q - target).square().mean(1).sum(), q.mean()
 
     def actor_loss(self, obs):
-        """Minus the Q-values' mean, and the mean. TD3 itself takes the first critic alone."""
+        """Minus the mean of the lower Q-value, and that mean. TD3 takes the first critic's."""
         self.actor.train()
         action = self.policy(obs)
         self.critic.eval()  # running statistics
@@ -184,9 +184,9 @@ class Agent(nn.Module):
         self.n_updates += 1
         if self.n_updates % self.args.policy_delay == 0:
             self.critic.requires_grad_(False)  # no gradients for it
-            loss, q_mean = self.descend(self.actor_optimizer, self.actor_loss, obs)
+            loss, _ = self.descend(self.actor_optimizer, self.actor_loss, obs)
             self.critic.requires_grad_(True)
-            info |= {"losses/actor": loss, "diagnostics/actor_q_mean": q_mean}
+            info |= {"losses/actor": loss}
         return info
 
     def descend(self, optimizer, loss_fn, *inputs):

@@ -1,14 +1,14 @@
 """CrossQ + WN, in one file (Palenicek et al., NeurIPS 2025, arXiv 2502.07523).
 
-CrossQ for many updates per step. Batch norm makes a layer blind to the scale of the weights before
-it. They tend to grow, and a step of the same size then turns them less. So they are projected back
-to norm 1 after every update. Target networks return, with CrossQ's joint pass.
+CrossQ for many updates per step. Batch norm cancels the scale of the weights before it. They tend
+to grow, and a step of the same size then turns them less. So each neuron's are projected back to
+norm 1 after every update. Target networks return, with CrossQ's joint pass.
 
-    python crossq_wn_highutd.py --env-id shimmy:dm_control/dog-walk-v0 --action-repeat 2
     python crossq_wn_highutd.py --env-id Walker2d-v4 --utd 2 --critic-width 256  # for a CPU
     python crossq_wn_highutd.py --resume runs/NAME  # continue after a kill
-    python crossq_wn_highutd.py --env-id myosuite:myoHandPoseFixed-v0 --action-repeat 2 \\
-        --gamma 0.95
+    # With the packages of benchmark/requirements.txt:
+    python crossq_wn_highutd.py --env-id shimmy:dm_control/dog-walk-v0 --action-repeat 2
+    python crossq_wn_highutd.py --env-id myosuite:myoHandPoseFixed-v0 --action-repeat 2 --gamma 0.95
 """
 
 # /// script
@@ -44,19 +44,19 @@ class Args:
     critic_width: int = 512  # units per hidden layer
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
-    critic_lr: float = 1e-4  # AdamW (paper's second version: 3e-4)
-    actor_lr: float = 1e-4  # AdamW (second version: 3e-4)
+    critic_lr: float = 1e-4  # AdamW (the paper's version 1; version 2: 3e-4)
+    actor_lr: float = 1e-4  # AdamW (version 2: 3e-4)
     alpha_lr: float = 1e-4  # AdamW, of the temperature
     weight_decay: float = 0.01  # AdamW, of the output layers alone
     policy_delay: int = 3  # critic updates per actor update
-    tau: float = 0.005  # share of the critic that its target takes; 1: no target
-    utd: int = 5  # critic updates per agent step (update-to-data ratio; paper: 1 to 20)
+    tau: float = 0.005  # the target's step towards the critic; 1: no target
+    utd: int = 5  # critic updates per agent step (update-to-data ratio; version 2: to 20)
     batch_size: int = 256  # transitions
     buffer_size: int = 1_000_000  # transitions
     learning_starts: int = 5000  # random agent steps before the first update
     gamma: float = 0.99  # discount (MyoSuite: 0.95)
     alpha: float = 0.01  # initial temperature (paper: 1)
-    entropy_factor: float = 1.0  # target entropy: -this * dim(A) (second version: 0.5)
+    entropy_factor: float = 1.0  # target entropy: -this * dim(A) (version 2: 0.5)
     action_repeat: int = 1  # environment steps per agent step (DMC, MyoSuite: 2)
     eval_every: int = 10_000  # environment steps between evaluations
     eval_episodes: int = 5  # deterministic episodes per evaluation
@@ -148,7 +148,7 @@ class Agent(nn.Module):
         self.alpha_optimizer = AdamW([self.log_alpha], args.alpha_lr, weight_decay=0.0, fused=True)
 
     def make_optimizer(self, net, lr):
-        """Only the output layer decays: nothing else holds its norm."""
+        """Only the output layer decays: it is never projected."""
         output = [net.weights[2], net.biases[2]]
         rest = [*net.weights[:2], *net.biases[:2], *net.norms.parameters()]
         groups = [{"params": output, "weight_decay": self.args.weight_decay}, {"params": rest}]
@@ -219,7 +219,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def move_target(self):
-        """The target network follows the critic by the share tau (Polyak averaging)."""
+        """Polyak averaging of the parameters: target += tau * (critic - target)."""
         for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
             target.lerp_(source, self.args.tau)
 

@@ -1,13 +1,13 @@
-"""SAC, in one file (Haarnoja et al., ICML 2018, arXiv 1812.05905), to compare CrossQ with.
+r"""SAC, in one file (Haarnoja et al., 2018, arXiv 1812.05905), to compare CrossQ with.
 
 The settings are those of CrossQ's paper (arXiv 1902.05605, table 1). Two critics with target
 networks learn the soft value, and the temperature holds the policy's entropy at a target.
 
     python sac_baseline.py --env-id Walker2d-v4
-    python sac_baseline.py --env-id Walker2d-v4 --utd 20 --policy-delay 20
+    python sac_baseline.py --env-id Walker2d-v4 --utd 20 --policy-delay 20  # section 4.3
     python sac_baseline.py --resume runs/NAME  # continue after a kill
-    python sac_baseline.py --env-id shimmy:dm_control/cheetah-run-v0 --action-repeat 2 \\
-        --critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4  # DeepMind Control (appendix A.1)
+    python sac_baseline.py --env-id shimmy:dm_control/cheetah-run-v0 --action-repeat 2 \
+        --critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4  # rates: appendix A.1
 """
 
 # /// script
@@ -49,7 +49,7 @@ class Args:
     alpha_lr: float = 1e-3  # Adam, of the temperature
     adam_beta1: float = 0.9  # of critic and actor (table 1)
     policy_delay: int = 1  # critic updates per actor update (table 1)
-    tau: float = 0.005  # share of the critic that its target takes; 1: no target
+    tau: float = 0.005  # the target's step towards the critic; 1: no target
     utd: int = 1  # critic updates per agent step (update-to-data ratio)
     batch_size: int = 256  # transitions
     buffer_size: int = 1_000_000  # transitions
@@ -161,7 +161,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def move_target(self):
-        """The target network follows the critic by the share tau (Polyak averaging)."""
+        """Polyak averaging of the parameters: target += tau * (critic - target)."""
         for target, source in zip(self.target_critic.parameters(), self.critic.parameters()):
             target.lerp_(source, self.args.tau)
 
