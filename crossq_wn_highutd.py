@@ -1,8 +1,8 @@
 """CrossQ + WN, in one file (Palenicek et al., NeurIPS 2025, arXiv 2502.07523).
 
 CrossQ for many updates per step. Batch norm cancels the scale of the weights before it. They tend
-to grow, and a step of the same size then turns them less. So each neuron's are projected back to
-norm 1 after every update. Target networks return, with CrossQ's joint pass.
+to grow, and a step of the same size then turns them less. So each neuron's weights are projected
+back to norm 1 after every update. Target networks return, with CrossQ's joint pass.
 
     python crossq_wn_highutd.py --env-id Walker2d-v4 --utd 2 --critic-width 256  # for a CPU
     python crossq_wn_highutd.py --resume runs/NAME  # continue after a kill
