@@ -41,7 +41,7 @@ def tables(page):
 
 def value(path, header, step):
     """The mean of the evaluations around a step, as the published values are made."""
-    if quantity := re.search(r"`((?:q_bias|critic)/[\w/]+)`", header):
+    if quantity := re.search(r"`((?:q_bias|critic|diagnostics)/[\w/]+)`", header):
         probe = "probe.csv" if path.stem == "evaluations" else f"{path.stem}.probe.csv"
         lines = rows(path.with_name(probe), ["step", "name", "value"])
         curve = grouped((row for row in lines if row["name"] == quantity[1]), "value", "step")
