@@ -158,7 +158,7 @@ def train_ours(job: dict, clock: Clock) -> None:
     flags |= {"run_name": job["index"]}
     argv = [str(x) for key, value in flags.items() for x in (f"--{key.replace('_', '-')}", value)]
     argv.append("--compile" if job["compile"] else "--no-compile")
-    argv.append("--bf16" if job["bf16"] == "on" else "--no-bf16")
+    argv += ["--bf16"] if job["bf16"] == "on" else []
     script.main(argv, Agent=Agent)
 
 
@@ -281,7 +281,8 @@ def jobs(args: Args):
     common = "env_id device compile warmup steps seconds learning_starts".split()
     order = itertools.product(range(1, args.rounds + 1), settings, args.memory, pairs)
     for number, (processes, threads), memory, (name, width) in order:
-        for bf16 in args.bf16 if name in OURS else [""]:
+        products = args.bf16 if name in OURS else [""]
+        for bf16 in ["off"] if name == "droq" else products:  # DroQ has no --bf16
             job = {"round": number, "contender": name, "width": width, "processes": processes}
             job |= {"threads": threads, "memory": memory, "bf16": bf16, "utd": OURS.get(name, 1)}
             yield job | {key: getattr(args, key) for key in common}

@@ -13,7 +13,7 @@ JOB = {"env_id": "InvertedPendulum-v4", "device": "cpu", "seed": 0, "width": 8, 
 JOB |= {"learning_starts": 9, "compile": False, "index": 0, "processes": 1, "warmup": 4, "steps": 5}
 
 
-@pytest.mark.parametrize("name", ["crossq_sac", "redq", "sb3-contrib-crossq"])
+@pytest.mark.parametrize("name", ["crossq_sac", "droq", "sb3-contrib-crossq"])
 def test_the_clock_counts_environment_steps(tmp_path, monkeypatch, name):
     """At UTD 1 it runs from the end of update 4 to that of update 9. At UTD 20 it runs from the end
     of the first step, which has update 4, to that of the sixth. A step here takes 10 seconds."""
@@ -26,7 +26,7 @@ def test_the_clock_counts_environment_steps(tmp_path, monkeypatch, name):
     train = throughput.train_peer if name in throughput.PEERS else throughput.train_ours
     with pytest.raises(throughput.Measured):
         train(clock.job, clock)
-    first, last = (20, 120) if name == "redq" else (4, 9)
+    first, last = (20, 120) if name == "droq" else (4, 9)
     assert clock.updates == last
     assert clock.result == {"start_s": first, "steps": 5, "steps_per_s": 0.1}
 
@@ -75,10 +75,10 @@ def test_table2():
 
 
 def test_jobs():
-    """Each round goes through memory settings and contenders in turn; --bf16 is for ours alone."""
-    args = throughput.Args(only=("crossq_sac", "sbx-crossq"), widths=(256,), rounds=1)
+    """Each round goes through memory settings and contenders in turn; --bf16 where there is one."""
+    args = throughput.Args(only=("crossq_sac", "droq", "sbx-crossq"), widths=(256,), rounds=1)
     found = [(job["memory"], job["contender"], job["bf16"]) for job in throughput.jobs(args)]
-    ours = [("crossq_sac", "off"), ("crossq_sac", "on"), ("sbx-crossq", "")]
+    ours = [("crossq_sac", "off"), ("crossq_sac", "on"), ("droq", "off"), ("sbx-crossq", "")]
     assert found == [(memory, *pair) for memory in ("default", "kept") for pair in ours]
     args = throughput.Args(table2=True, rounds=2, memory=("kept",), bf16=("off",), side_by_side=2)
     found = [(job["contender"], job["width"], job["utd"]) for job in throughput.jobs(args)]
