@@ -367,10 +367,10 @@ def diagnostic_panels(runs: list[Run]) -> list[Panel]:
     panels = []
     for env, settings in group(r for r in runs if DIAGNOSTICS.keys() & r.curves.keys()).items():
         for quantity, label in DIAGNOSTICS.items():
-            curves = curves_of(settings, quantity)
-            values = np.concatenate([curve.values[0].ravel() for curve in curves.values()] or [[0]])
-            scale = "log" if 0 < 20 * values.min() < values.max() else "linear"  # one diverges
-            panels.append(Panel(env, label, scale, curves, []))
+            if curves := curves_of(settings, quantity):
+                values = np.concatenate([curve.values[0].ravel() for curve in curves.values()])
+                scale = "log" if 0 < 20 * values.min() < values.max() else "linear"  # one diverges
+                panels.append(Panel(env, label, scale, curves, []))
     return panels
 
 
