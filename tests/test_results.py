@@ -114,7 +114,7 @@ def test_falls_and_speeds():
         upright = [share for run in runs if min(run) <= 0.02 for share in run]
         row = f"| `{setting}` | {len(upright)} | {sum(share > 0.02 for share in upright)} |"
         assert row in (RESULTS / "_falls/README.md").read_text()
-    speeds = [row for row in rows(RESULTS / "throughput.csv") if row["kind"] == "speed"]
-    speeds = grouped(speeds, "steps_per_s", "run", "contender", "width", "processes").values()
-    shown = re.findall(r" 2(?: × 1)? \| (\d+\.\d) \(", (RESULTS / "throughput.md").read_text())
+    setting = "call contender width processes memory bf16".split()
+    speeds = grouped(rows(RESULTS / "throughput.csv"), "steps_per_s", *setting).values()
+    shown = re.findall(r"float\d\d \| (\d+\.\d) \(", (RESULTS / "throughput.md").read_text())
     assert sorted(shown) == sorted(f"{median(v):.1f}" for v in speeds)
