@@ -21,7 +21,7 @@ over SBX  Steps/s over those of sbx-crossq in the same round, at the same width,
           and memory setting. With --table2 it is the time of a step over SAC's.
 
 --memory kept tells glibc to keep freed memory, by two MALLOC_ variables. Without them an update of
-a wide critic takes thousands of page faults. --bf16 on is for the scripts alone.
+a wide critic takes thousands of page faults. --bf16 on is for the scripts and REDQ.
 
 A process is pinned to as many CPUs as it has threads, the first ones it may use (choose others with
 taskset). That bounds JAX's thread pool. --side-by-side K adds K processes at once with one thread
