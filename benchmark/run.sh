@@ -7,8 +7,7 @@
 #   benchmark/run.sh --setting "ablate crossq_sac --critic-norm ln" --envs my_module:MyEnv-v0
 #
 # The same call again skips finished runs, resumes those with a checkpoint and starts the others.
-# With a larger --steps it takes finished runs further. A failing run stops no other. A run ended
-# by Ctrl-C, SIGTERM or Slurm's time limit loses what came after its last checkpoint.
+# With a larger --steps it takes finished runs further. A failing run stops no other.
 #
 # A preset is the first argument. Your lists replace its lists, your --flags come after its flags:
 #   mujoco       CrossQ's figure 5, with all its algorithms and MuJoCo tasks; 10 seeds of 1M steps
@@ -48,7 +47,7 @@ die() {
 mujoco="Hopper-v4 Walker2d-v4 Ant-v4 HalfCheetah-v4 Humanoid-v4 HumanoidStandup-v4"
 dmc=$(printf 'shimmy:dm_control/%s-v0 ' dog-{stand,walk,trot,run} humanoid-{stand,walk,run} \
   {cheetah,walker,quadruped}-run hopper-{stand,hop} finger-turn_hard fish-swim pendulum-swingup)
-rates="--critic-lr 8e-4 --actor-lr 8e-4 --policy-delay 1"
+rates="--action-repeat 2 --critic-lr 8e-4 --actor-lr 8e-4"
 figure_3=("crossq_wn_highutd --utd "{1,2,5} crossq_sac sac_baseline bro "bro --fast" sr_sac)
 preset=${1-}
 [[ $# = 0 || $preset = -* ]] || shift
@@ -125,8 +124,9 @@ for setting in "${settings[@]}"; do
     :* | *:bro) added='' ;; # bro has one setting everywhere
     myosuite:*) added="--action-repeat 2 --gamma 0.95" ;;
     dmc:xqc) added="--action-repeat 2 --gamma 0.99" ;;
-    dmc:crossq_td3) added="--action-repeat 2 $rates" ;;
-    dmc:crossq_sac | dmc:sac_baseline) added="--action-repeat 2 $rates --alpha-lr 8e-4" ;;
+    dmc:redq | dmc:droq) added="$rates --alpha-lr 8e-4" ;;
+    dmc:crossq_td3) added="$rates --policy-delay 1" ;;
+    dmc:crossq_sac | dmc:sac_baseline) added="$rates --policy-delay 1 --alpha-lr 8e-4" ;;
     dmc:*) added="--action-repeat 2" ;;
   esac
   program=$(printf '%q ' "$python")

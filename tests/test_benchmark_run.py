@@ -75,7 +75,7 @@ def wait_for(condition, what, seconds=60):
 
 
 ONE, TWO = (["--scripts", "crossq_sac", "--envs", envs] for envs in ("A-v0", "A-v0 Bad-v0"))
-RATES = "--critic-lr 8e-4 --actor-lr 8e-4 --policy-delay 1"
+RATES = "--action-repeat 2 --critic-lr 8e-4 --actor-lr 8e-4"
 GOOD, BAD = "A-v0__crossq_sac__1", "Bad-v0__crossq_sac__1"
 
 
@@ -181,8 +181,9 @@ def test_the_scripts_accept_every_setting_of_a_preset(grid, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("preset, setting, flags", [
     ("dmc", "crossq_wn_highutd --utd 5", "--action-repeat 2 --utd 5"),
-    ("dmc", "crossq_sac", f"--action-repeat 2 {RATES} --alpha-lr 8e-4"),
-    ("dmc", "crossq_td3", f"--action-repeat 2 {RATES}"),
+    ("dmc", "crossq_sac", f"{RATES} --policy-delay 1 --alpha-lr 8e-4"),
+    ("dmc", "crossq_td3", f"{RATES} --policy-delay 1"),
+    ("dmc", "redq", f"{RATES} --alpha-lr 8e-4"),
     ("dmc", "xqc", "--action-repeat 2 --gamma 0.99"),
     ("dmc", "bro --fast", "--fast"),
     ("utd-scaling", "sr_sac", "--action-repeat 2"),
