@@ -36,7 +36,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = True  # torch.compile losses and gradients
-    bf16: bool = False  # hidden layers' product in bfloat16
+    bf16: bool = False  # second layer's product in bfloat16
     critic_width: int = 2048  # units per hidden layer (table 1; "CrossQ small": 256)
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
@@ -65,8 +65,8 @@ class Args:
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe 2017, arXiv 1702.03275) over the rows of x [..., B, F].
     Training normalises x by its own statistics. Then r and d, clipped and without gradient, turn
-    that into what the running ones would give. In the first `warmup` training forwards, r = 1 and
-    d = 0: plain batch norm. `shape` is (1, F), or (N, 1, F) for N networks side by side."""
+    that into evaluation's result, which uses running statistics. In the first `warmup` training
+    forwards, r = 1 and d = 0: plain batch norm. `shape` is (1, F), or (N, 1, F) for N networks."""
 
     momentum, eps, r_max, d_max = 0.99, 1e-3, 3.0, 5.0  # PyTorch: momentum 0.01
 
@@ -121,7 +121,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         x = self.norms[0](torch.cat(inputs, -1)) @ self.weights[0] + self.biases[0]
         x, weight = self.norms[1](x.relu()), self.weights[1]
-        if self.bf16:  # only here, most of the work: inputs and Q-values stay precise
+        if self.bf16:  # most of the work is here; inputs and Q-values stay precise
             x, weight = x.bfloat16(), weight.bfloat16()
         x = x @ weight + self.biases[1]
         return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
@@ -171,7 +171,7 @@ class Agent(nn.Module):
         """Minus the mean of the lower Q-value, and that mean. TD3 takes the first critic's."""
         self.actor.train()
         action = self.policy(obs)
-        self.critic.eval()  # running statistics
+        self.critic.eval()  # not the joint batch: running statistics
         q = self.critic(obs, action).squeeze(-1).min(0).values  # [B]
         return -q.mean(), q.mean()
 

@@ -1,8 +1,9 @@
 """CrossQ + WN, in one file (Palenicek et al., NeurIPS 2025, arXiv 2502.07523).
 
-CrossQ for many updates per step. Batch norm cancels the scale of the weights before it. They tend
-to grow, and a step of the same size then turns them less. So each neuron's weights are projected
-back to norm 1 after every update. Target networks return, with CrossQ's joint pass.
+CrossQ for many updates per step. Batch norm cancels the scale of the weights before it. As they
+grow, the same step changes their direction less: the effective learning rate falls. So each hidden
+neuron's weights are projected back to norm 1 after every update. Target networks return, with
+CrossQ's joint pass.
 
     python crossq_wn_highutd.py --env-id Walker2d-v4 --utd 2 --critic-width 256  # for a CPU
     python crossq_wn_highutd.py --resume runs/NAME  # continue after a kill
@@ -40,7 +41,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = True  # torch.compile losses and gradients
-    bf16: bool = False  # hidden layers' product in bfloat16
+    bf16: bool = False  # second layer's product in bfloat16
     critic_width: int = 512  # units per hidden layer
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
@@ -113,7 +114,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         x = self.norms[0](torch.cat(inputs, -1)) @ self.weights[0] + self.biases[0]
         x, weight = self.norms[1](x.relu()), self.weights[1]
-        if self.bf16:  # only here, most of the work: inputs and Q-values stay precise
+        if self.bf16:  # most of the work is here; inputs and Q-values stay precise
             x, weight = x.bfloat16(), weight.bfloat16()
         x = x @ weight + self.biases[1]
         return self.norms[2](x.relu()) @ self.weights[2] + self.biases[2]
@@ -148,7 +149,7 @@ class Agent(nn.Module):
         self.alpha_optimizer = AdamW([self.log_alpha], args.alpha_lr, weight_decay=0.0, fused=True)
 
     def make_optimizer(self, net, lr):
-        """Only the output layer decays: it is never projected."""
+        """Only the output layer decays. The hidden layers are projected instead."""
         output = [net.weights[2], net.biases[2]]
         rest = [*net.weights[:2], *net.biases[:2], *net.norms.parameters()]
         groups = [{"params": output, "weight_decay": self.args.weight_decay}, {"params": rest}]
@@ -190,7 +191,7 @@ class Agent(nn.Module):
         """Minus the soft value, Q - alpha * log-prob; and the policy's entropy."""
         self.actor.train()
         action, log_prob = self.policy(obs, noise)
-        self.critic.eval()  # running statistics
+        self.critic.eval()  # not the joint batch: running statistics
         q = self.critic(obs, action).squeeze(-1).min(0).values  # [B]
         return (self.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.mean()
 

@@ -40,7 +40,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = True  # torch.compile losses and gradients
-    bf16: bool = False  # hidden layers' product in bfloat16
+    bf16: bool = False  # second layer's product in bfloat16
     critic_width: int = 256  # units per hidden layer
     actor_width: int = 256  # units per hidden layer
     n_critics: int = 2  # Q-functions
@@ -84,7 +84,7 @@ class MLP(nn.Module):
     def forward(self, *inputs):
         x = torch.cat(inputs, -1) @ self.weights[0] + self.biases[0]
         x, weight = x.relu(), self.weights[1]
-        if self.bf16:  # only here, most of the work: inputs and Q-values stay precise
+        if self.bf16:  # most of the work is here; inputs and Q-values stay precise
             x, weight = x.bfloat16(), weight.bfloat16()
         x = x @ weight + self.biases[1]
         return x.relu() @ self.weights[2] + self.biases[2]
