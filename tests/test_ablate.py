@@ -78,12 +78,13 @@ def test_network_by_hand(norm, activation):
 
 
 def test_activations_by_hand():
-    x = torch.tensor([[-1.0, 7.0, 2.0, 0.5]])
+    x = torch.tensor([[-1.0, 7.0, 2.0, 0.5], [3.0, -2.0, 0.0, 1.0]])
     f = {name: activation(x) for name, activation in ablate.ACTIVATIONS.items()}
-    assert torch.equal(f["relu6"], torch.tensor([[0.0, 6.0, 2.0, 0.5]]))
+    assert f["relu6"].tolist() == [[0.0, 6.0, 2.0, 0.5], [3.0, 0.0, 0.0, 1.0]]
+    assert torch.allclose(f["elu"], torch.where(x > 0, x, x.exp() - 1))
     assert torch.allclose(f["relu-over-max"], x.relu() / 7)
     assert torch.allclose(f["glu"], x[:, :2] * x[:, 2:].sigmoid())
-    assert torch.allclose(f["layernormed-relu"].mean(), torch.tensor(0.0), atol=1e-6)
+    assert torch.allclose(f["layernormed-relu"], F.layer_norm(x.relu(), (4,)))
     assert torch.equal(f["sin"], x.sin()) and torch.equal(f["tanh"], x.tanh())
 
 

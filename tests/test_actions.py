@@ -74,8 +74,3 @@ def test_ellipse_and_density():
     centres = (np.arange(actions.BINS) + 0.5) * 2 / actions.BINS - 1
     assert height.sum(1) @ centres == pytest.approx(inside[:, 0].sum(), rel=0.1)  # x comes first
     assert actions.density(np.ones((10, 2))).sum() == pytest.approx(10)
-
-
-def test_without_measurements_one_line_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="has no actions/STEP.npz"):
-        actions.main([str(tmp_path)])

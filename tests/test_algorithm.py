@@ -186,7 +186,7 @@ def test_network(script):
         assert torch.allclose(mlp.train()(obs, action), forward(mlp, x, "batch"), atol=1e-5)
     plain = mlp.eval()(obs, action)
     assert plain.shape == (3, BATCH, 1) and torch.allclose(plain, forward(mlp, x, norm), atol=1e-5)
-    mlp.eval().bf16 = True
+    mlp.eval().bf16 = make_agent(script, bf16=True).critic.bf16
     rounded = mlp(obs, action)
     assert rounded.dtype == torch.float32
     assert 1e-5 < (rounded - plain).abs().max() < 0.05 * plain.std()
@@ -249,6 +249,7 @@ def test_stored_transitions(main, env):
 
     flags = f"--env-id tiny_envs:{env}-v0 --total-timesteps 97 --learning-starts 95 --no-compile"
     flags += " --critic-width 8 --actor-width 8 --device cpu --utd 1 --run-name a"
+    flags += " --eval-every 7 --eval-episodes 1"  # in an environment of its own
     main(*flags.split(), Agent=Agent)
     assert len(updated) == 2
     widths = [3, 2, 1, 1, 3]
@@ -268,16 +269,18 @@ def test_stored_transitions(main, env):
 
 @every_script
 def test_evaluation(main):
-    """Deterministic: tanh(mean), of episodes that the step selects. It leaves the agent alone."""
+    """Deterministic: tanh(mean), of episodes that seed and step select. It leaves the agent
+    alone."""
     args = main.module.Args(env_id="Pendulum-v1", critic_width=8, actor_width=8, eval_episodes=2)
     agent, seen = main.module.Agent(3, 1, args), []
     before, act, env = copy_of(agent), agent.act, main.module.make_env(args)
     agent.act = lambda *inputs: seen.append((*inputs, act(*inputs))) or seen[-1][-1]
-    runs = [main.module.evaluate(agent, env, step) for step in (1, 1, 2)]
+    steps_and_seeds = (1, 1), (1, 1), (2, 1), (2, 2)
+    runs = [main.module.evaluate(agent, env, step) for step, args.seed in steps_and_seeds]
     assert same(before, copy_of(agent))
     returns = [[row[2] for row in rows] for rows in runs]
-    assert returns[0] == returns[1] and len({*returns[0], *returns[2]}) == 4
+    assert returns[0] == returns[1] and len({*returns[0], *returns[2], *returns[3]}) == 6
     assert [row[:2] for row in runs[2]] == [(2, 0), (2, 1)] and runs[0][0][3:] == (200, "")
     obs, actions = (torch.tensor(np.array(x)) for x in zip(*seen))
     mean = forward(agent.actor, obs, None if main.module is sac_baseline else "running")[:, :1]
-    assert torch.allclose(actions, mean.tanh(), atol=1e-5) and len(seen) == 6 * 200
+    assert torch.allclose(actions, mean.tanh(), atol=1e-5) and len(seen) == 8 * 200

@@ -24,13 +24,6 @@ def quantile_huber(quantiles, target):
     return total
 
 
-def test_quantile_loss_by_hand():
-    """Two quantiles 0 and 2 (at 1/4 and 3/4), one target of 3 and -1/2, one critic."""
-    expected = (0.25 * 2.5 + 0.75 * 0.125) / 2 + (0.75 * 0.5 + 0.25 * 2.0) / 2
-    loss = bro.quantile_loss(torch.tensor([[[0.0, 2.0]]]), torch.tensor([[3.0, -0.5]]))
-    assert loss.item() == pytest.approx(expected)
-
-
 def layers(net):
     return [m for m in net.modules() if isinstance(m, torch.nn.Linear | torch.nn.LayerNorm)]
 

@@ -95,13 +95,15 @@ def test_r_and_d_by_hand(warmup):
     expected = (r.min(), r.max(), d.abs().max()) if warmup == 1 else (1, 1, 0)
     names = ("r_min", "r_max", "d_abs_max")
     assert [values[f"actor/0/{name}"] for name in names] == pytest.approx([*map(float, expected)])
+    both = torch.cat([p[1].grad.flatten() for p in (agent.critic.weights, agent.critic.biases)])
+    assert probe.layers(agent)["critic/1/grad_norm"] == pytest.approx(both.norm().item())
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["sac_baseline", "crossq_td3", "crossq_wn_highutd"]
-    + [f"benchmark/algorithms/{name}" for name in ("redq", "droq", "bro")],
-)
+SCRIPTS = ["sac_baseline", "crossq_td3", "crossq_wn_highutd"]
+SCRIPTS += [f"benchmark/algorithms/{name}" for name in ("redq", "droq", "bro")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_is_measured_and_resumed(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     arguments = f"{FLAGS} --utd 1 --policy-delay 1 --run-name run --total-timesteps 30".split()

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +58,7 @@ def test_killed_and_resumed(main, tmp_path, device):
     """A real process, killed in the middle and resumed, ends as a run that never stopped: on
     MuJoCo, with a replay buffer that has turned over, batch renormalisation beyond its warm-up, and
     compiled updates on CUDA."""
-    arguments = [*TINY, "--env-id", "Hopper-v4", "--device", device, "--buffer-size", 64]
+    arguments = [*TINY, "--env-id", "Hopper-v4", "--device", device, "--buffer-size", 48]
     arguments += ["--utd", 2, "--action-repeat", 2, "--total-timesteps", 240]
     arguments += ["--compile"] if device == "cuda" else []
     if hasattr(main.module.Args, "brn_warmup"):
@@ -66,9 +68,7 @@ def test_killed_and_resumed(main, tmp_path, device):
     assert 120 <= kill_in_the_middle(script, arguments, tmp_path, 120) < 240
     main("--resume", "runs/killed")
     assert_identical("runs/whole", "runs/killed")
-    assert [row["step"] for row in evaluations("runs/killed")][::2] == [
-        *map(str, range(50, 241, 50))
-    ]
+    assert [row["step"] for row in evaluations("runs/killed")][::2] == "50 100 150 200".split()
 
 
 class Killed(BaseException):
@@ -127,6 +127,24 @@ def test_extending_a_run(main, whole):
     main(*TINY, "--buffer-size", 64, "--run-name", "full")
     with pytest.raises(RuntimeError, match="size"):
         main("--resume", "runs/full", "--buffer-size", 128)
+    torch.save({"args": print}, "runs/full/checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only"):  # data, not code
+        main("--resume", "runs/full")
+
+
+def test_minutes_between_checkpoints(main, monkeypatch):
+    """At the start, as the first episode after a minute ends, and at the end; a step takes 3 s."""
+    now, saved = [0.0], []
+
+    class Buffer(main.module.ReplayBuffer):
+        def add(self, *transition):
+            super().add(*transition)
+            now[0] += 3
+
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(main.module, "save", lambda *inputs: saved.append(inputs[-1][0]))
+    main(*TINY, "--checkpoint-minutes", 1, "--total-timesteps", 100, Buffer=Buffer)
+    assert saved == [0, 30, 60, 90, 100]
 
 
 def test_an_algorithm_of_ones_own(main):
@@ -171,9 +189,8 @@ def test_an_algorithm_of_ones_own(main):
     assert_identical("runs/whole", "runs/part")
     checkpoint = load("runs/part")
     assert checkpoint["buffer"]["total"] == 150 and (checkpoint["agent"]["extra"] != 0).all()
-    assert (
-        checkpoint["rows"][:40, 3:5].abs().max() <= 0.25 < checkpoint["rows"][40:, 3:5].abs().max()
-    )
+    actions = checkpoint["rows"][:, 3:5].abs()
+    assert actions[:40].max() <= 0.25 < actions[40:].max()
     assert {row["return"] for row in evaluations("runs/part")} == {"7.5"}
 
 
@@ -263,10 +280,10 @@ def test_numbers_out_of_range(main, capsys):
         flag = f"--{name.replace('_', '-')}"
         assert f"{name} {value} " in refused(main, capsys, *TINY, flag, value)
     assert not Path("runs").exists()
-    main(
-        *TINY, "--learning-starts", 0, "--gamma", 0, "--total-timesteps", 20, "--run-name", "zeros"
-    )
+    flags = "--learning-starts 0 --gamma 0 --total-timesteps 20 --buffer-size 1000000"
+    main(*TINY, *flags.split(), "--run-name", "zeros")
     assert load("runs/zeros")["n_updates"] == 20 * main.module.Args().utd
+    assert Path("runs/zeros/checkpoint.pt").stat().st_size < 1e6  # the filled rows alone
 
 
 @pytest.mark.parametrize("env", ["Discrete", "Unbounded", "Matrix"])
@@ -294,11 +311,14 @@ def finite_checkpoint(run):
     return all(x.isfinite().all() for x in tensors)
 
 
-@pytest.mark.parametrize("env", ["NanObs", "NanReward", "Spike"])
-def test_nan_from_the_environment(main, capsys, env):
+@pytest.mark.parametrize("env, episodes, where", [
+    ("NanObs", 2, "action .* 57"), ("NanObs", 6, "action .* 50"),  # the second in the evaluation
+    ("NanReward", 2, "rows .* 10"), ("Spike", 2, ".*"),
+])  # fmt: skip
+def test_nan_from_the_environment(main, capsys, env, episodes, where):
     """It is neither played nor evaluated nor saved."""
-    error = refused(main, capsys, *TINY, "--env-id", f"tiny_envs:{env}-v0", "--run-name", "a")
-    assert re.search(r"is NaN or infinite at step \d+$", error)
+    flags = f"--env-id tiny_envs:{env}-v0 --eval-episodes {episodes} --run-name a".split()
+    assert re.fullmatch(rf"error: {where}", refused(main, capsys, *TINY, *flags))
     assert finite_checkpoint("runs/a")
 
 
@@ -334,10 +354,14 @@ def test_nan_in_the_weights_is_never_saved(main, capsys):
 
 
 @every_script
-def test_files_of_a_run(main):
-    """args.json, evaluations.csv and TensorBoard's tags. Steps are the environment's."""
+def test_files_of_a_run(main, monkeypatch):
+    """args.json, evaluations.csv and TensorBoard's tags. Steps are the environment's, but for
+    --learning-starts. With --track, Weights & Biases gets TensorBoard's."""
+    tracked = {}
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=tracked.update))
     arguments = [*TINY, "--action-repeat", 2, "--total-timesteps", 2000, "--learning-starts", 990]
-    main(*arguments, "--eval-every", 1000, "--run-name", "a")
+    main(*arguments, "--eval-every", 1000, "--run-name", "a", "--track")
+    assert tracked["sync_tensorboard"] and tracked["id"] == "a"
     about = json.loads(Path("runs/a/args.json").read_text())
     assert about["torch"] == torch.__version__ and about["numpy"] == np.__version__
     assert vars(main.module.Args()).keys() | {"gymnasium", "command"} <= about.keys()
@@ -349,6 +373,7 @@ def test_files_of_a_run(main):
         tags |= {"losses/alpha", "diagnostics/entropy"}
     assert tags <= set(EventAccumulator("runs/a").Reload().Tags()["scalars"])
     assert scalars("runs/a", "eval/return") == [(1000, 10.0), (2000, 10.0)]
+    assert [step for step, _ in scalars("runs/a", "losses/critic")] == [2000]
     assert scalars("runs/a", "charts/episodic_return")[:2] == [(10, 10.0), (20, 10.0)]
 
 
@@ -361,11 +386,11 @@ def test_alone_in_an_empty_folder_with_the_users_own_environment(tmp_path):
     env = {k: v for k, v in environment().items() if k not in ("PYTHONPATH", "PYTHONWARNINGS")}
     program = "import runpy, sys; sys.modules['mujoco'] = None; del sys.argv[0]\n"
     program += "sys.path[0] = 'elsewhere'; runpy.run_path(sys.argv[0], run_name='__main__')"
-    arguments = [*TINY, "--env-id", "my_module:Terminated-v0", "--total-timesteps", "50"]
+    arguments = [*TINY, "--env-id", "my_module:suite/Terminated-v0", "--total-timesteps", "50"]
     program = [sys.executable, "-c", program, "elsewhere/copied.py", *arguments]
     subprocess.run(program, cwd=tmp_path, env=env, check=True)
     (run,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"my_module_Terminated-v0__copied__1__[\d.]+", run.name)
+    assert re.fullmatch(r"my_module_suite_Terminated-v0__copied__1__[\d.]+", run.name)
     assert len(evaluations(run)) == 2
 
 

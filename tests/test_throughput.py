@@ -1,6 +1,7 @@
 """benchmark/throughput.py: its clock, its table, its settings, and one short measurement."""
 
 import csv
+import json
 import sys
 
 import pytest
@@ -20,7 +21,9 @@ def test_the_clock_counts_environment_steps(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     pytest.importorskip(throughput.PEERS.get(name, ["torch"])[0])
     utd = throughput.OURS.get(name, 1)
-    clock = throughput.Clock(JOB | {"contender": name, "utd": utd, "seconds": 99, "started": 1000})
+    bf16 = "on" if name == "crossq_sac" else "off"
+    job = JOB | {"contender": name, "utd": utd, "seconds": 99, "started": 1000, "bf16": bf16}
+    clock = throughput.Clock(job)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: 10 * clock.updates / utd)
     monkeypatch.setattr(throughput.time, "time", lambda: 1000 + clock.updates)
     train = throughput.train_peer if name in throughput.PEERS else throughput.train_ours
@@ -29,6 +32,9 @@ def test_the_clock_counts_environment_steps(tmp_path, monkeypatch, name):
     first, last = (20, 120) if name == "droq" else (4, 9)
     assert clock.updates == last
     assert clock.result == {"start_s": first, "steps": 5, "steps_per_s": 0.1}
+    for path in tmp_path.glob("runs/*/args.json"):
+        args = json.loads(path.read_text())
+        assert args["critic_width"] == 8 and args["bf16"] == (bf16 == "on")
 
 
 def test_a_slow_contender_is_stopped_after_whole_actor_periods(tmp_path, monkeypatch):
@@ -105,8 +111,7 @@ def test_a_measurement(run_script, tmp_path):
     assert [found[key] for key in ("memory", "bf16", "steps")] == ["kept", "on", "6"]
     assert float(found["steps_per_s"]) > 0 and float(found["rss_mb"]) > 50
     assert 0.5 < float(found["start_s"]) < 300
-    assert (
-        "| `crossq_sac` | 8 | 1 | 1 | kept | bfloat16 |" in (tmp_path / "throughput.md").read_text()
-    )
+    table = (tmp_path / "throughput.md").read_text()
+    assert "| `crossq_sac` | 8 | 1 | 1 | kept | bfloat16 |" in table
     again = run_script("benchmark/throughput.py", *flags.split())
     assert again.returncode == 1 and "error: throughput.csv exists already" in again.stderr

@@ -195,7 +195,7 @@ def test_settings(script):
     words = f"{PAPER} {OWN[script]}".split()
     wanted = dict(zip(words[::2], map(float, words[1::2])))
     assert numbers == {k: v for k, v in wanted.items() if k in args} and len(numbers) > 18
-    assert not args["bf16"]
+    assert args["compile"] and not args["bf16"] and not args["track"]
     agent = script.Agent(OBS, ACTIONS, script.Args(critic_width=8, actor_width=8))
     if "brn_warmup" in args:
         assert {norm.warmup for norm in [*agent.critic.norms, *agent.actor.norms]} == {100_000}

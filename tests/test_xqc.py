@@ -26,13 +26,6 @@ def c51(probs, values):
     return out
 
 
-def test_projection_by_hand():
-    """0.25 lies between atoms 52 and 53 (0.2 and 0.3); 7 goes to the last one, 5."""
-    out = xqc.projected(torch.tensor([[0.4, 0.6]]), torch.tensor([[0.25, 7.0]]))[0]
-    assert out.nonzero().flatten().tolist() == [52, 53, 100]
-    assert out[[52, 53, 100]].tolist() == pytest.approx([0.2, 0.2, 0.6], abs=1e-5)
-
-
 def network(net, x):
     """Norm -> (dense -> norm -> ReLU) x 4 -> dense, in training mode."""
 
