@@ -282,7 +282,8 @@ def ablate(script):  # -> what to hand to the script's main
     crossq = {"Args": CrossQArgs, "Agent": CrossQ, "Buffer": replay_buffer}
     sac = {"Args": SACArgs, "Agent": SAC}
     wn = {"Args": WeightNormArgs, "Agent": WeightNorm}
-    return {"crossq_sac": crossq, "sac_baseline": sac, "crossq_wn_highutd": wn}[script.__name__]
+    parts = {"crossq_sac": crossq, "sac_baseline": sac, "crossq_wn_highutd": wn}
+    return parts.get(script.__name__) or sys.exit(f"error: no ablations of {script.__name__}")
 
 
 def main(argv=None):

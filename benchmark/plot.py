@@ -48,7 +48,7 @@ HERE = Path(__file__).resolve().parent
 # Those of Okabe and Ito, which the colour-blind can tell apart too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "-.", (0, (8, 2))]  # of settings 1 to 6, 7 to 12, 13 to 18
-# Entries of args.json that do not change what is learnt by a step.
+# Entries of args.json that do not change what is learnt by a step, but for rates that fall.
 HOUSEKEEPING = """env_id seed total_timesteps device compile eval_every eval_episodes
     checkpoint_minutes run_name resume track torch gymnasium numpy command""".split()
 # The order of CrossQ's figure 5. Other environments follow by name.
@@ -81,7 +81,7 @@ PUBLISHED = [
     ("rivals.csv", "BRO(utd10)", "min max", "BRO, UTD 10; band: its seeds", (0, (4, 1, 1, 1))),
     ("rivals.csv", "BRO(utd2)", "min max", "BRO (Fast), UTD 2; band: its seeds", (0, (3, 1))),
     ("rivals.csv", "XQC(utd2)", "", "XQC, UTD 2", (0, (2, 1, 1, 1))),
-    ("rivals.csv", "SR-SAC(utd32)", "", "SR-SAC, UTD 32", (0, (6, 1, 1, 1, 1, 1))),
+    ("rivals.csv", "SR-SAC(utd32)", "", "SR-SAC, UTD 32, action repeat 1", (0, (6, 1, 1, 1, 1, 1))),
 ]
 MARKERS = dict(zip((alg for _, alg, *_ in PUBLISHED), "o.sD^sPXdDpv*"))  # of single points
 OVER_STEPS = [20_000, 30_000, 50_000, 100_000, 300_000, 1_000_000]  # of --over
@@ -296,7 +296,7 @@ def common(runs: list[Run], quantity: str) -> Curve:
 
 def around(setting: str, curve: Curve, step: int) -> np.ndarray:
     """[seeds]: the means of the evaluations around a step, as the published values: see the top."""
-    least = (8400 if setting.startswith("sac") else 2000) * min(1, step / 20_000)
+    least = (8400 if re.match(r"(ablate |sbx-)?sac", setting) else 2000) * min(1, step / 20_000)
     near = np.abs(np.array(curve.steps) - step) <= max(least, 0.05 * step)
     return curve.values[0][:, near].mean(1)
 
@@ -356,7 +356,8 @@ def aggregate_panels(panels: list[Panel], options) -> list[Panel]:
         if names and len(envs) > 1:
             names = sorted(names, key=natural)
             curves = {name: merged(envs, [members[env][name] for env in envs]) for name in names}
-            last = max(curve.steps[-1] for curve in curves.values())
+            curves = {name: curve for name, curve in curves.items() if curve.steps}  # shared ones
+            last = max((curve.steps[-1] for curve in curves.values()), default=0)
             theirs = published(envs, last, options, curves)
             out.append(Panel(f"{suite}: {len(envs)} tasks", ylabel, "linear", curves, theirs))
     return out
@@ -389,7 +390,7 @@ def draw(panels: list[Panel], columns: int, styles: dict[str, dict], options, pa
             value, low, high = estimate(curve.values, options)
             style, at = styles[setting], curve.x[x]
             marker = "" if len(at) > 1 else "o"
-            label = f"{setting} (seeds: {' to '.join(sorted({str(len(v)) for v in curve.values}))})"
+            label = f"{setting} (seeds: {', '.join(map(str, sorted({*map(len, curve.values)})))})"
             (entries[label],) = axis.plot(at, value, marker=marker, **style)
             axis.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
         for alg, label, line, values in panel.published if x == "steps" else ():
@@ -458,7 +459,7 @@ def draw_over(flag: str, runs: list[Run], options, path: Path) -> None:
         steps = sorted({step for step, _ in at})
         for alg, label, _, values in published([env], steps[-1], options):
             for step in set(steps) & set(values) if (flag, alg) == ("critic-width", None) else ():
-                at[step, label.split(",")[0]] = [(2048 * 1.2, *values[step])]  # beside ours
+                at[step, label.replace(", 2048 wide", "")] = [(2048 * 1.2, *values[step])]
         markers = dict(zip(sorted({label for _, label in at}, key=natural), "osv^D<>ph*" * 9))
         for step, label in sorted(at, key=lambda key: (key[0], natural(key[1]))):
             x, value, low, high = np.array(at[step, label]).T
@@ -495,7 +496,7 @@ def score_table(panels: list[Panel], options) -> str:
     rows = [["task", "steps", *settings, *(f"published {alg}" for alg in theirs)]]
     rows.append(["---"] * len(rows[0]))
     for panel in panels:
-        ends = [curve.steps[-1] for curve in panel.curves.values()]
+        ends = [curve.steps[-1] for curve in panel.curves.values()] or [0]
         at = {alg: v for alg, *_, v in published([panel.title], max(ends), means, settings)}
         for step in sorted({20_000, 50_000, 100_000, *ends}):
             ours = [cell(setting, panel.curves.get(setting), step) for setting in settings]

@@ -31,14 +31,15 @@ PAIRS = 1000  # state-action pairs at least
 @torch.no_grad()
 def q_bias(agent, env, step):
     """Normalised bias of Q(s_t, a_t) against the discounted soft Monte-Carlo return of the
-    stochastic policy, G_t = r_t + gamma (G_t+1 - alpha log pi(a_t+1 | s_t+1)), without entropy for
-    TD3's. Q is what the actor maximises: agent.actor_q(obs, action) [B] or, by default, the minimum
-    over the critics. As in REDQ (Chen et al. 2021), the last 65 % of an episode cut by a time limit
-    are left out, because the returns that follow are cut too."""
+    stochastic policy, G_t = r_t + gamma (G_t+1 - alpha log pi(a_t+1 | s_t+1)), without entropy if
+    the critic's target has none. Q is what the actor maximises: agent.actor_q(obs, action) [B] or,
+    by default, the minimum over the critics. As in REDQ (Chen et al. 2021), the last 65 % of an
+    episode cut by a time limit are left out, because the returns that follow are cut too."""
     agent.actor.eval()
     agent.critic.eval()
     args, soft = agent.args, hasattr(agent, "log_alpha")
-    alpha = agent.log_alpha.exp().item() if soft else 0.0
+    soft_target = soft and getattr(args, "entropy_in_target", True)  # a flag of ablate.py
+    alpha = agent.log_alpha.exp().item() if soft_target else 0.0
     actor_q = getattr(agent, "actor_q", lambda *pair: agent.critic(*pair).min())
     rng = torch.Generator(args.device).manual_seed(reset_seed(args.seed, step, 2**32 - 1))
     all_q, all_g, episode = [], [], 0

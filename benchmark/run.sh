@@ -17,7 +17,7 @@
 #   utd-scaling  CrossQ + WN at UTD 1, 2 and 5, with and without weight normalisation; as dmc
 #   ablations    those of CrossQ's paper, on its MuJoCo tasks; 5 seeds of 1M steps
 #   quick        all four scripts, 256 wide, on two cheap tasks; 3 seeds of 5000 steps, then plots
-# dmc, utd-scaling and myosuite add the papers' flags for the suite to every setting.
+# dmc, utd-scaling and myosuite add each algorithm's own flags for the suite: see README.md.
 #
 #   --scripts "A B"            of the top level or of benchmark/algorithms
 #   --setting "A --flag ..."   one more script, with flags of its own; may be repeated.

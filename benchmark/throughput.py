@@ -62,12 +62,10 @@ OURS = {  # UTD: critic updates per environment step
 PEERS = {  # module, class, arguments beyond those that all have
     "sb3-contrib-crossq": ("sb3_contrib", "CrossQ", {"policy_delay": 3}),
     "sbx-crossq": ("sbx", "CrossQ", {"policy_delay": 3}),
-    "sb3-sac": ("stable_baselines3", "SAC", {}),
-    "sbx-sac": ("sbx", "SAC", {}),
 }
 TABLE2 = {  # contender, width: a step's time over SAC's in CrossQ's paper, on an RTX 3090
     ("sac_baseline", 256): "1",
-    ("crossq_sac", 256): "",
+    ("crossq_sac", 256): "1.0 to 1.5",
     ("crossq_sac", 2048): "1.2 to 1.9",
     ("redq", 256): "4 to 6",
     ("droq", 256): "4 to 6",
@@ -93,7 +91,7 @@ class Args:
     threads: tuple[int, ...] = (2,)  # threads, and CPUs, of a process
     side_by_side: int = 0  # also measure this many processes at once, of one thread; 0: do not
     memory: tuple[Literal["default", "kept"], ...] = ("default", "kept")  # what glibc is told
-    bf16: tuple[Literal["off", "on"], ...] = ("off", "on")  # hidden layers' products, scripts alone
+    bf16: tuple[Literal["off", "on"], ...] = ("off", "on")  # that flag, where there is one
     compile: bool = True  # the scripts
     rounds: int = 3  # measurements of each contender in each setting
     steps: int = 2000  # environment steps timed, at most

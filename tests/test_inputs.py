@@ -109,10 +109,8 @@ def suite(name, env_id):
     return pytest.param(env_id, marks=pytest.mark.skipif(not there, reason=f"no {name}"))
 
 
-SUITES = [
-    suite("shimmy", "shimmy:dm_control/cartpole-swingup-v0"),
-    suite("myosuite", "myosuite:myoFingerReachFixed-v0"),
-]
+SUITES = [suite("shimmy", "shimmy:dm_control/cartpole-swingup-v0")]
+SUITES += [suite("myosuite", "myosuite:myoFingerReachFixed-v0")]
 
 
 @pytest.mark.filterwarnings("ignore")

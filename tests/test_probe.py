@@ -44,14 +44,15 @@ class TwoCritics(torch.nn.Module):
 
 
 @pytest.mark.parametrize("env_id, kept", [("Terminated", 10), ("Truncated", 4)])
-@pytest.mark.parametrize("aggregation", ["min", "mean"])
-def test_q_bias_against_known_returns(env_id, kept, aggregation):
-    """Rewards are 1, episodes 10 steps. A step's entropy belongs to the return of the step before.
-    Under a time limit the first 35 % count."""
+@pytest.mark.parametrize("aggregation, alpha", [("min", 0.2), ("mean", 0.2), ("min", 0)])
+def test_q_bias_against_known_returns(env_id, kept, aggregation, alpha):
+    """Rewards are 1, episodes 10 steps. A step's entropy belongs to the return of the step before,
+    if the target has it. Under a time limit the first 35 % count."""
     agent, q = ConstantQ(), 3.0
+    agent.args.entropy_in_target = alpha > 0
     if aggregation == "mean":
         agent.actor_q, q = lambda obs, action: agent.critic(obs, action)[..., 0].mean(0), 3.5
-    g = [sum(0.9 ** (k - t) * (1 + 0.2 * k * (k > t)) for k in range(t, 10)) for t in range(kept)]
+    g = [sum(0.9 ** (k - t) * (1 + alpha * k * (k > t)) for k in range(t, 10)) for t in range(kept)]
     env = crossq_sac.make_env(crossq_sac.Args(env_id=f"tiny_envs:{env_id}-v0"))
     values = probe.q_bias(agent, env, step=1)
     assert values["q_bias/mean"] == pytest.approx((q - np.mean(g)) / np.mean(g), rel=1e-5)

@@ -47,7 +47,8 @@ def value(path, header, step):
         curve = grouped((row for row in lines if row["name"] == quantity[1]), "value", "step")
     else:
         curve = grouped(rows(path), "success" if "/myo" in str(path) else "return", "step")
-    width = max((8400 if path.parts[-3][:3] == "sac" else 2000) * min(1, step / 20_000), step / 20)
+    least = 8400 if re.match("(sbx-)?sac", path.parts[-3]) else 2000
+    width = max(least * min(1, step / 20_000), step / 20)
     width = 0 if quantity or header.startswith("evaluation") else width
     return mean(mean(v) for at, v in curve.items() if abs(int(at) - step) <= width)
 

@@ -8,9 +8,10 @@ others. The target is the minimum over the two critics; the actor maximises thei
     python benchmark/algorithms/droq.py --critic-lr 3e-4 --actor-lr 3e-4 --alpha-lr 3e-4  # its own
     python benchmark/algorithms/droq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 15
 
-CrossQ's paper adds `--action-repeat 2 --critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4` on DeepMind
-Control. DroQ's authors have a dropout for each task, and MBPO's target entropies, -1 on Hopper and
--3 on HalfCheetah. Here it is -dim(A). Other flags and files are those of sac_baseline.py.
+On DeepMind Control CrossQ's paper has `--critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4`, and
+run.sh adds `--action-repeat 2`. DroQ's authors have a dropout for each task, and MBPO's target
+entropies, -1 on Hopper and -3 on HalfCheetah. Here it is -dim(A). Other flags and files are those
+of sac_baseline.py.
 """
 
 import copy

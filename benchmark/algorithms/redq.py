@@ -8,9 +8,9 @@ actor maximises the mean over all ten.
     python benchmark/algorithms/redq.py --critic-lr 3e-4 --actor-lr 3e-4 --alpha-lr 3e-4  # its own
     python benchmark/algorithms/redq.py --critic-width 2048 --adam-beta1 0.5  # CrossQ, figure 14
 
-CrossQ's paper adds `--action-repeat 2 --critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4` on DeepMind
-Control. The authors' target entropies are MBPO's, -1 on Hopper and -3 on HalfCheetah. Here it is
--dim(A). Other flags and files are those of sac_baseline.py.
+On DeepMind Control CrossQ's paper has `--critic-lr 8e-4 --actor-lr 8e-4 --alpha-lr 8e-4`, and
+run.sh adds `--action-repeat 2`. The authors' target entropies are MBPO's, -1 on Hopper and -3 on
+HalfCheetah. Here it is -dim(A). Other flags and files are those of sac_baseline.py.
 """
 
 import sys

@@ -9,7 +9,7 @@ critic alone.
     python benchmark/algorithms/td3.py --critic-lr 1e-3 --actor-lr 1e-3  # the paper's rates
 
 CrossQ's paper does not say how its plain TD3 was run. These are the authors' settings, except for
-the random steps, which are CrossQ's 5000. On DeepMind Control `--action-repeat 2` is CrossQ's, and
+the random steps, which are CrossQ's 5000. On DeepMind Control run.sh adds `--action-repeat 2`, and
 on MyoSuite `--action-repeat 2 --gamma 0.95`. Other flags and files are those of crossq_td3.py.
 """
 
