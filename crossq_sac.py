@@ -152,13 +152,13 @@ class Agent(nn.Module):
         log_std = log_std.clamp(-20, 2)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # Change of variables: minus log(1 - tanh(u)^2), in a form that stays finite.
+        # Change of variables: -log(1 - tanh(u)^2), in a form that stays finite.
         log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return u.tanh(), log_prob.sum(-1)
 
     def critic_loss(self, batch, noise):
         """Half the squared Bellman error, summed over the critics; and q's mean.
-        For two it is figure 2, where line 2 needs next_obs, line 10 axis=1,
+        Two critics: figure 2, corrected. Line 2 needs next_obs, line 10 axis=1,
         line 13 (1 - terminated)."""
         obs, action, reward, terminated, next_obs = batch
         self.actor.eval()  # not trained here: running statistics

@@ -115,7 +115,7 @@ class Agent(nn.Module):
         log_std = log_std.clamp(-20, 2)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # Change of variables: minus log(1 - tanh(u)^2), in a form that stays finite.
+        # Change of variables: -log(1 - tanh(u)^2), in a form that stays finite.
         log_prob = log_prob - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
         return u.tanh(), log_prob.sum(-1)
 

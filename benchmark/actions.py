@@ -91,8 +91,9 @@ def figure(run: Positional[Path], at: tuple[int, ...] = (), dims: tuple[int, int
     axes = picture.subplots(1, len(samples), sharex=True, sharey=True, squeeze=False)
     centres = (np.arange(BINS) + 0.5) * 2 / BINS - 1
     for axis, (step, actions_of) in zip(axes.flat, samples.items()):
-        if max(dims) >= (n := actions_of["replay"].shape[1]):
-            sys.exit(f"error: --dims {dims[0]} {dims[1]}, but actions have {n} dimensions")
+        size = actions_of["replay"].shape[1]
+        if max(dims) >= size:
+            sys.exit(f"error: --dims {dims[0]} {dims[1]}, but actions have {size} dimensions")
         for name, colour in COLOURS.items():
             actions = actions_of[name][:, list(dims)]
             height = density(actions)

@@ -48,7 +48,7 @@ HERE = Path(__file__).resolve().parent
 # Those of Okabe and Ito, which the colour-blind can tell apart too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LINES = ["-", "-.", (0, (8, 2))]  # of settings 1 to 6, 7 to 12, 13 to 18
-# Entries of args.json that do not change what is learnt by a step, but for rates that fall.
+# Entries of args.json that do not change what is learnt by a step, unless rates fall in a run.
 HOUSEKEEPING = """env_id seed total_timesteps device compile eval_every eval_episodes
     checkpoint_minutes run_name resume track torch gymnasium numpy command""".split()
 # The order of CrossQ's figure 5. Other environments follow by name.
@@ -356,7 +356,7 @@ def aggregate_panels(panels: list[Panel], options) -> list[Panel]:
         if names and len(envs) > 1:
             names = sorted(names, key=natural)
             curves = {name: merged(envs, [members[env][name] for env in envs]) for name in names}
-            curves = {name: curve for name, curve in curves.items() if curve.steps}  # shared ones
+            curves = {name: curve for name, curve in curves.items() if curve.steps}
             last = max((curve.steps[-1] for curve in curves.values()), default=0)
             theirs = published(envs, last, options, curves)
             out.append(Panel(f"{suite}: {len(envs)} tasks", ylabel, "linear", curves, theirs))
@@ -390,7 +390,8 @@ def draw(panels: list[Panel], columns: int, styles: dict[str, dict], options, pa
             value, low, high = estimate(curve.values, options)
             style, at = styles[setting], curve.x[x]
             marker = "" if len(at) > 1 else "o"
-            label = f"{setting} (seeds: {', '.join(map(str, sorted({*map(len, curve.values)})))})"
+            seeds = ", ".join(str(n) for n in sorted({len(values) for values in curve.values}))
+            label = f"{setting} (seeds: {seeds})"
             (entries[label],) = axis.plot(at, value, marker=marker, **style)
             axis.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
         for alg, label, line, values in panel.published if x == "steps" else ():
