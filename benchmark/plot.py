@@ -520,6 +520,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--over", metavar="FLAG", help="a flag of the scripts, without --")
     add("--seeds", action="store_true", help="print each seed's value in the table")
     options = parser.parse_args(argv)
+    if options.x == "both" and not options.runs:
+        parser.error("--x both needs --runs: results have neither updates nor hours")
     options.axes = ["steps"] if options.x == "steps" else ["updates", "hours"]
     folder = options.runs or options.results
     runs = load_runs(folder, options.axes) if options.runs else load_results(folder)

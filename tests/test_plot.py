@@ -291,5 +291,6 @@ def test_runs_over_a_flag_and_real_files(tmp_path):
         png = plot.plt.imread(tmp_path / "a" / "b" / f"{name}.png")  # reads every pixel
         assert png.shape[0] > 300 and png.std() > 0.01
         assert (tmp_path / "a" / "b" / f"{name}.svg").read_text().endswith("</svg>\n")
-    with pytest.raises(SystemExit, match="no run has a number there"):
-        plot.main(["--runs", str(tmp_path), "--over", "env-id"])
+    for wrong in (["--runs", str(tmp_path), "--over", "env-id"], ["--x", "both"]):
+        with pytest.raises(SystemExit, match="no run has a number there|^2$"):
+            plot.main(wrong)
