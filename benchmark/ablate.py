@@ -96,6 +96,8 @@ class CrossQArgs(crossq_sac.Args, NetworkArgs):
     entropy_in_target: bool = True  # RLinf's backup_entropy
     max_grad_norm: float = 0.0  # longer gradients are cut to this; 0: none are (RLinf)
     temperature: Literal["exp", "softplus"] = "exp"  # of the parameter that is learnt (RLinf)
+    # log: log alpha * (entropy - target), as in Stable-Baselines3 and SBX; CrossQ's code: alpha
+    temperature_loss: Literal["alpha", "log"] = "alpha"
     replay: Literal["uniform", "prioritized"] = "uniform"  # proportional (Schaul et al. 2016)
 
 
@@ -107,9 +109,15 @@ class CrossQ(crossq_sac.Agent):
             # log(exp(alpha) - 1) is learnt, in a form that cannot overflow
             nn.init.constant_(self.log_alpha, args.alpha + math.log(-math.expm1(-args.alpha)))
             register_parametrization(self, "log_alpha", LogSoftplus())
+        if args.temperature_loss == "log":
+            self.alpha_optimizer.register_step_pre_hook(self.divide_by_alpha)
         if args.max_grad_norm:
             for optimizer in (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer):
                 optimizer.register_step_pre_hook(self.cut_gradients)
+
+    def divide_by_alpha(self, optimizer, *_):  # alpha's gradient becomes log alpha's
+        (learnt,) = optimizer.param_groups[0]["params"]
+        learnt.grad /= self.log_alpha.exp().detach()
 
     def cut_gradients(self, optimizer, *_):
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.args.max_grad_norm)

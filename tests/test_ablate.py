@@ -101,10 +101,9 @@ def test_targets_and_modes_of_a_normalised_sac(stats):
     norms = {"critic_norm": "brn", "actor_norm": "bn"}
     agent = make(SAC, **norms, target_stats=stats, tau=0.25, policy_delay=2)
     live, target = agent.critic.norms[0], agent.target_critic.norms[0]
-    rng = torch.Generator().manual_seed(0)
     for n in (1, 2, 3, 4):
         before = target.running_mean.clone()
-        agent.update(make_batch(), rng)
+        agent.update(make_batch(), torch.Generator())
         assert (live.steps, target.steps, agent.actor.norms[2].steps) == (n, 0, n // 2)
         moved = live.running_mean if stats == "live" else before.lerp(live.running_mean, 0.25)
         assert torch.allclose(target.running_mean, moved)
@@ -149,14 +148,16 @@ def test_what_the_actor_maximises(aggregation):
     torch.testing.assert_close(loss, (log_prob - q).mean())  # alpha is 1
 
 
-def test_softplus_begins_at_alpha_and_is_what_is_learnt():
-    agent = make(CROSSQ, temperature="softplus", alpha=0.3)
-    assert agent.log_alpha.exp().item() == pytest.approx(0.3, rel=1e-6)
+@pytest.mark.parametrize("alpha", [0.3, 1000.0])
+def test_the_temperature_as_softplus_and_with_the_loss_of_its_logarithm(alpha):
+    flags = {"temperature": "softplus", "temperature_loss": "log", "policy_delay": 1}
+    agent = make(CROSSQ, alpha=alpha, **flags)
+    assert agent.log_alpha.exp().item() == pytest.approx(alpha, rel=1e-5)
     (learnt,) = agent.alpha_optimizer.param_groups[0]["params"]
-    (slope,) = torch.autograd.grad(agent.log_alpha.exp(), learnt)
-    assert slope.item() == pytest.approx(1 - np.exp(-0.3), rel=1e-5)
-    agent = make(CROSSQ, temperature="softplus", alpha=1000.0)
-    assert agent.log_alpha.exp().item() == pytest.approx(1000, rel=1e-5)
+    (slope,) = torch.autograd.grad(agent.log_alpha, learnt)
+    assert slope.item() == pytest.approx((1 - np.exp(-alpha)) / alpha, rel=1e-5)
+    entropy = agent.update(make_batch(), torch.Generator())["diagnostics/entropy"]
+    torch.testing.assert_close(learnt.grad, slope * (entropy - agent.target_entropy))
 
 
 def test_gradients_are_cut_to_a_length():
@@ -262,9 +263,8 @@ def test_the_rates_fall_by_each_optimisers_own_steps():
         optimizer.register_step_pre_hook(
             lambda o, *_, to=seen[name]: to.append(o.param_groups[-1]["lr"])
         )
-    rng = torch.Generator().manual_seed(0)
     for _ in range(24):
-        agent.update(make_batch(), rng)
+        agent.update(make_batch(), torch.Generator())
     for name, (end, steps) in ends.items():
         assert np.allclose(seen[name], np.linspace(3e-4, end, steps, endpoint=False), rtol=1e-9)
 
