@@ -115,7 +115,7 @@ class CrossQ(crossq_sac.Agent):
             for optimizer in (self.critic_optimizer, self.actor_optimizer, self.alpha_optimizer):
                 optimizer.register_step_pre_hook(self.cut_gradients)
 
-    def divide_by_alpha(self, optimizer, *_):  # alpha's gradient becomes log alpha's
+    def divide_by_alpha(self, optimizer, *_):  # d log(alpha) = d alpha / alpha
         (learnt,) = optimizer.param_groups[0]["params"]
         learnt.grad /= self.log_alpha.exp().detach()
 

@@ -1,5 +1,5 @@
-"""CrossQ with SBX's loss of the temperature: log alpha times the missing entropy. CrossQ's own code
-has alpha in place of log alpha, and so have the scripts. For the scripts of commit 9b27732:
+"""CrossQ with SBX's loss of the temperature, log alpha * (entropy - target). CrossQ's own code and
+the scripts here have alpha * (entropy - target). This file is for the scripts of commit 9b27732:
 
     PYTHONPATH=. OMP_NUM_THREADS=1 python log_alpha.py --env-id Ant-v4 --seed SEED \
         --critic-width 512 --total-timesteps 100000 --eval-every 5000
