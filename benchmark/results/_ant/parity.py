@@ -7,7 +7,6 @@ run's last checkpoint, Adam's moments included, in float64, with the same batche
 
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import gymnasium as gym
 import jax
@@ -35,21 +34,28 @@ class CrossQ(sbx.CrossQ):
         return state.apply_gradients(grads=gradients), value
 
 
+class Agent(crossq_sac.Agent):
+    """With SBX's noise, a list, in place of what it draws."""
+
+    def descend(self, optimizer, loss_fn, batch, _):
+        return super().descend(optimizer, loss_fn, batch, self.noise.pop(0))
+
+
 def ours(values, tree):
     """SBX's tree with the values of our tensors, which are keyed by name."""
 
     def leaf(path, old):
-        *_, module, name = ["", *(key.key for key in path)]
-        kind, _, index = module.partition("_")
+        name = path[-1].key
+        if len(path) == 1:  # the temperature
+            return np.array(values[name])
+        kind, index = path[-2].key.split("_")
         if kind == "Dense":
             x = values[("weights." if name == "kernel" else "biases.") + str(min(int(index), 2))]
             if x.shape[-1] != old.shape[-1]:  # the actor's last layer is two in SBX
                 x = x.chunk(2, -1)[int(index) - 2]
-        elif kind == "BatchRenorm":
+        else:
             name = {"mean": "running_mean", "var": "running_var"}.get(name, name)
             x = values.get(f"norms.{index}.{name}", np.array(old))
-        else:
-            x = values[name]
         return np.resize(np.array(x), np.shape(old))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -76,7 +82,7 @@ checkpoint = torch.load(Path(sys.argv[1], "checkpoint.pt"), "cpu", weights_only=
 args = crossq_sac.Args(**checkpoint["args"])
 env = crossq_sac.make_env(args)
 sizes = env.observation_space.shape + env.action_space.shape
-agent = crossq_sac.Agent(*sizes, args).double().requires_grad_(False)
+agent = Agent(*sizes, args).double().requires_grad_(False)
 buffer, rng = crossq_sac.ReplayBuffer(*sizes, args), torch.Generator()
 crossq_sac.load(checkpoint, agent, buffer, rng)
 agent.n_updates = 0
@@ -96,9 +102,9 @@ for update in range(1, 301):
     obs, action, reward, terminated, next_obs = (x.numpy() for x in batch)
     after, critic_key, _ = jax.random.split(key, 3)
     actor_key = jax.random.split(after, 3)[2]
-    noise = [torch.tensor(np.array(normal.sample(seed=k))) for k in (critic_key, actor_key)]
-    with patch("torch.randn", lambda *_, noise=noise, **__: noise.pop(0)):
-        agent.update(batch, rng)
+    keys = critic_key, actor_key
+    agent.noise = [torch.tensor(np.array(normal.sample(seed=k))) for k in keys]
+    agent.update(batch, rng)
 
     discounts = np.full(args.batch_size, args.gamma)
     critic, _, key = CrossQ.update_critic(
