@@ -55,7 +55,7 @@ def value(path, header, step):
 
 def runs(page, names, task):
     for folder in [page.parent / name for name in re.findall(r"`([\w./-]+)`", names)]:
-        found = [p for p in folder.glob(f"*{task}*/*.csv") if p.stem.isdigit()]
+        found = [p for p in folder.glob(f"*{task}-v?/*.csv") if p.stem.isdigit()]
         yield from found or folder.glob("evaluations.csv")
 
 
@@ -73,7 +73,7 @@ def check(page, head, row, header, cell):
     """Checks a cell. Returns whether it has a value."""
     named = dict(zip(head, row))
     words = row[0], named.get("task", ""), header, head[0]
-    task = next((task for text in words for task in TASKS if task in text), "")
+    task = next((t for text in words for t in sorted(TASKS, key=len)[::-1] if t in text), "")
     found = [*runs(page, row[0], task)] or [*runs(page, header, task)]
     step = re.search(r"(\d+ \d{3}|\d{4})\b", named.get("steps", header))
     assert header != "seeds" or not found or cell == str(len(found)), row
